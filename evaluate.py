@@ -1,0 +1,221 @@
+"""Score checkpoints of train.py with the whole model on the whole test set, nothing cached.
+
+    python evaluate.py results/*/checkpoint.pt
+    python evaluate.py results/*/checkpoint.pt --csv results/summary.csv
+    python evaluate.py results/cifar10-layer4-e10-s0/checkpoint.pt --per-class
+    python evaluate.py results/cifar10-layer4-e10-s0/checkpoint.pt --image cat.jpg dog.png
+
+--per-class also writes the confusion matrix to confusion.csv beside the checkpoint.
+"""
+
+import argparse
+import csv
+import functools
+import platform
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import freeze
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SUMMARY = ("run", "dataset", "unfrozen", "epochs", "seed", "train_loss", "test_loss", "test_accuracy",
+           "trainable_parameters", "seconds", "device", "precision", "torch")
+
+
+# ---------------------------------------------------------------- where and how precisely to compute
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA, then Apple's MPS, then the CPU. Raises ValueError for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device in there if there[device])
+    if not there[name]:
+        raise ValueError(f"--device {name}: this PyTorch ({torch.__version__}) sees no {name} device; "
+                         "--device auto takes what is there")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto: bf16 where the hardware multiplies it fast, fp16 on older CUDA cards, else fp32.
+
+    The T4 that students get for free answers yes to torch.cuda.is_bf16_supported(), but emulates
+    bf16 slowly: the compute capability, 8 and up, is what tells.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def device_name(device: torch.device) -> str:
+    """What a figure was measured on: the GPU's name, or the processor's and its threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [platform.processor(), platform.machine()]
+    if Path("/proc/cpuinfo").exists():
+        lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        names = [value.strip() for key, value in lines if key.strip() == "model name"] + names
+    return f"{next(filter(None, names))} {device.type} ({torch.get_num_threads()} threads)"
+
+
+# ---------------------------------------------------------------- scoring
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, inputs: Iterable[torch.Tensor], device: torch.device, precision: str) -> torch.Tensor:
+    """Logits, float32 [N, classes] on the device, of a model or a tail in eval mode over batches."""
+    model.eval()
+    with autocast(device, precision):
+        return torch.cat([model(batch).float() for batch in inputs])
+
+
+def score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Mean cross-entropy in nats and accuracy in [0, 1]; logits [N, classes], labels int64 [N]."""
+    loss = F.cross_entropy(logits, labels)
+    accuracy = (logits.argmax(1) == labels).float().mean()
+    return loss.item(), accuracy.item()
+
+
+def pixel_batches(pixels: torch.Tensor, image_size: int, device: torch.device, precision: str) -> Iterator[torch.Tensor]:
+    """What the whole model takes, [up to 128, 3, image_size, image_size], from uint8 [N, H, W, 3]."""
+    for start in range(0, len(pixels), 128):
+        yield data.transform(pixels[start:start + 128].to(device), image_size, PRECISIONS[precision])
+        data.progress(f"scoring: {start:,} of {len(pixels):,} images")
+    data.progress()
+
+
+# ---------------------------------------------------------------- checkpoints and tables
+
+
+def read_checkpoint(path: str) -> dict:
+    """What train.py saved. Raises OSError or ValueError naming the file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["model"], checkpoint["arguments"]["dataset"], checkpoint["history"][-1]["train_loss"]
+    except Exception as error:  # torch.load meets a foreign file with many kinds of errors
+        raise ValueError(f"{path} is not a checkpoint that train.py wrote whole") from error
+    return checkpoint
+
+
+def rebuild(checkpoint: dict, device: torch.device, precision: str) -> nn.Module:
+    """The whole trained model in eval mode, from its checkpoint alone.
+
+    Cut in two as in training and joined again: a folded prefix rounds bf16 differently from a
+    plain model, and so both score the same to the last image.
+    """
+    model = freeze.build(len(checkpoint["classes"]), weights="none")
+    model.load_state_dict(checkpoint["model"])
+    prefix, tail = freeze.split(model, checkpoint["stages"])
+    return nn.Sequential(prefix.to(PRECISIONS[precision]), tail).to(device).eval()
+
+
+def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """A CSV file that appears whole or not at all."""
+    with data.whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def summary_row(path: str, checkpoint: dict, loss: float, accuracy: float) -> dict:
+    """A checkpoint's row of summary.csv."""
+    arguments, history = checkpoint["arguments"], checkpoint["history"]
+    values = (Path(path).resolve().parent.name, arguments["dataset"], "+".join(checkpoint["stages"]), len(history),
+              arguments["seed"], history[-1]["train_loss"], loss, accuracy, checkpoint["trainable_parameters"],
+              checkpoint["seconds"], checkpoint["device"], checkpoint["precision"], checkpoint["versions"]["torch"])
+    return dict(zip(SUMMARY, values, strict=True))
+
+
+@functools.lru_cache(maxsize=1)  # many checkpoints share one test set
+def load_test(name: str, data_dir: str, image_size: int, classes: tuple[str, ...]) -> data.Images:
+    return data.load(name, "test", data_dir, image_size, classes)
+
+
+def print_summary(row: dict, images: int, first: bool) -> None:
+    if first:
+        print(f"{images:,} test images, scored with the whole model\n"
+              f"{'run':<44} {'train loss':>10} {'test loss':>10} {'accuracy':>10}")
+    print(f"{row['run']:<44} {row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%}", flush=True)
+
+
+def report_classes(file: Path, logits: torch.Tensor, images: data.Images) -> None:
+    """Prints the accuracy of each class and writes the confusion matrix, a row per true class."""
+    count = len(images.classes)
+    pairs = images.labels * count + logits.argmax(1)
+    confusion = torch.bincount(pairs, minlength=count**2).view(count, count)
+    for name, row, correct in zip(images.classes, confusion, confusion.diag()):
+        print(f"  {name:<42} {correct:>10,} of {row.sum():,} {correct / row.sum():>16.2%}")
+    write_csv(file, ["true class", *images.classes], [[n, *r.tolist()] for n, r in zip(images.classes, confusion)])
+    print(f"  confusion matrix (rows true, columns predicted): {file}")
+
+
+def print_top_five(path: str, files: list[str], logits: torch.Tensor, classes: tuple[str, ...]) -> None:
+    print(path)
+    for file, probabilities in zip(files, logits.softmax(1)):
+        best = probabilities.topk(min(5, len(classes)))
+        print(f"{file}: " + ", ".join(f"{classes[i]} {p:.1%}" for p, i in zip(best.values, best.indices)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint.pt files of train.py")
+    parser.add_argument("--csv", metavar="FILE", help="write a row per checkpoint to this file")
+    parser.add_argument("--per-class", action="store_true", help="accuracy per class, and confusion.csv")
+    parser.add_argument("--image", nargs="+", metavar="PICTURE", help="name these pictures instead of scoring")
+    parser.add_argument("--data-dir", help="where the data set is now (default: where it was)")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--precision", choices=["auto", *PRECISIONS], help="default: the checkpoint's own")
+    args = parser.parse_args(argv)
+    if args.image and (args.csv or args.per_class):
+        parser.error("--image names pictures, --csv and --per-class score the test set: one at a time")
+    try:
+        device = pick_device(args.device)
+        checkpoints = [read_checkpoint(path) for path in args.checkpoints]
+        pictures = [data.read_image(file) for file in args.image or []]
+        if args.csv and not Path(args.csv).resolve().parent.is_dir():
+            raise FileNotFoundError(f"--csv {args.csv}: there is no folder {Path(args.csv).resolve().parent}")
+        rows = []
+        for path, checkpoint in zip(args.checkpoints, checkpoints):
+            arguments, classes = checkpoint["arguments"], tuple(checkpoint["classes"])
+            precision = pick_precision(args.precision or checkpoint["precision"], device)
+            model, size = rebuild(checkpoint, device, precision), arguments["image_size"]
+            if args.image:
+                pixels = torch.from_numpy(np.stack([picture.resize((size, size), data.BILINEAR) for picture in pictures]))
+                logits = predict(model, pixel_batches(pixels, size, device, precision), device, precision)
+                print_top_five(path, args.image, logits, classes)
+                continue
+            images = load_test(arguments["dataset"], args.data_dir or arguments["data_dir"], size, classes)
+            logits = predict(model, pixel_batches(images.pixels, size, device, precision), device, precision).cpu()
+            rows.append(summary_row(path, checkpoint, *score(logits, images.labels)))
+            print_summary(rows[-1], len(images.labels), first=len(rows) == 1)
+            if args.per_class:
+                report_classes(Path(path).with_name("confusion.csv"), logits, images)
+        if args.csv:
+            write_csv(args.csv, SUMMARY, [row.values() for row in rows])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,199 @@
+"""Fine-tune an ImageNet ResNet18: the unfrozen stages learn, the frozen prefix is computed once.
+
+    python train.py --unfreeze layer4 --epochs 10            # fc and layer4 learn
+    python train.py --unfreeze layer3 layer4 --epochs 50     # fc, layer4 and layer3
+    python train.py --epochs 10                              # fc alone
+    python train.py --unfreeze layer4 --lr layer4=3e-4 fc=3e-3
+    python train.py --unfreeze layer4 --dataset folder --data-dir my-pictures
+    python train.py --unfreeze layer4 --dataset synthetic --weights none --image-size 64
+
+The defaults are the published experiment: CIFAR-10 at 224x224, Adam, constant learning rates.
+Each run leaves history.csv and checkpoint.pt in a folder of its own under --out.
+"""
+
+import argparse
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import data
+import freeze
+from evaluate import (DEVICES, PRECISIONS, autocast, device_name, pick_device, pick_precision, predict, score,
+                      write_csv)
+from features import PLACES, Features, choose_place
+
+HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--unfreeze", nargs="*", default=[], choices=freeze.STAGES, metavar="STAGE",
+        help=f"stages that learn beside fc: {' '.join(freeze.STAGES[:-1])} (default: none)")
+    add("--lr", nargs="+", default=[], metavar="STAGE=RATE", help="learning rates other than the default ones: "
+        + " ".join(f"{stage}={rate:g}" for stage, rate in freeze.LEARNING_RATES.items()))
+    add("--epochs", type=at_least(1), default=10)
+    add("--batch-size", type=at_least(1), default=128)
+    add("--image-size", type=at_least(32), default=224, help="side of the square the network sees (default: 224)")
+    add("--dataset", choices=data.DATASETS, default="cifar10")
+    add("--data-dir", default="data", help="where the data set is, or is downloaded to (default: data)")
+    add("--weights", default="imagenet", help="imagenet (default), none, or the path of a state_dict")
+    add("--train-size", type=at_least(1), help="train on this many images, an equal share of every class")
+    add("--seed", type=at_least(0), default=0, help="of fc's initialization, the subset, the order and the flips")
+    add("--device", choices=DEVICES, default="auto")
+    add("--precision", choices=["auto", *PRECISIONS], default="auto")
+    add("--cache", choices=PLACES, default="auto", help="where the frozen prefix's outputs are kept")
+    add("--out", type=Path, default=Path("results"), help="the runs' folder (default: results)")
+    return parser, parser.parse_args(argv)
+
+
+def at_least(minimum: int):
+    def whole_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum}, not {text!r}")
+        return int(text)
+    return whole_number
+
+
+def learning_rates(overrides: list[str], unfrozen: list[str]) -> dict[str, float]:
+    """The default rate of every stage, with STAGE=RATE overrides. Raises ValueError."""
+    rates = dict(freeze.LEARNING_RATES)
+    for override in overrides:
+        stage, _, text = override.partition("=")
+        if stage not in unfrozen:
+            raise ValueError(f"--lr {override}: {stage!r} is no stage that learns here ({' '.join(unfrozen)})")
+        try:
+            rates[stage] = float(text)
+        except ValueError:
+            raise ValueError(f"--lr {override}: {text!r} is not a number") from None
+        if not 0 < rates[stage] < math.inf:
+            raise ValueError(f"--lr {override}: a learning rate is above 0 and finite")
+    return rates
+
+
+def run_name(args: argparse.Namespace, unfrozen: list[str]) -> str:
+    """cifar10-layer3+layer4-e50-s0, and whatever else was not left at its default."""
+    backbone = [stage for stage in unfrozen if stage != "fc"] or ["fc"]
+    name = f"{args.dataset}-{'+'.join(backbone)}-e{args.epochs}-s{args.seed}"
+    name += f"-n{args.train_size}" if args.train_size else ""
+    name += f"-b{args.batch_size}" if args.batch_size != 128 else ""
+    name += f"-px{args.image_size}" if args.image_size != 224 else ""
+    return name + "".join(f"-{override}" for override in sorted(args.lr))
+
+
+def print_stages(model, unfrozen: list[str], rates: dict[str, float]) -> None:
+    print(f"{'stage':<8} {'parameters':>12}")
+    for name, stage in freeze.stages(model).items():
+        count = sum(parameter.numel() for parameter in stage.parameters())
+        print(f"{name:<8} {count:>12,}  " + (f"learns at {rates[name]:g}" if name in unfrozen else "frozen"))
+
+
+def save(directory: Path, model: torch.nn.Module, history: list[dict], about: dict) -> None:
+    """Both files of a run as of its last epoch; `about` is plain values, readable with weights_only."""
+    with data.whole_file(directory / "checkpoint.pt") as part:
+        torch.save({"model": model.state_dict(), "history": history} | about, part)
+    write_csv(directory / "history.csv", HISTORY, [row.values() for row in history])
+
+
+def main(argv: list[str] | None = None) -> None:
+    began = time.monotonic()
+    parser, args = parse(argv)
+    unfrozen = [stage for stage in freeze.STAGES if stage in [*args.unfreeze, "fc"]]
+    try:
+        rates = learning_rates(args.lr, unfrozen)
+        device = pick_device(args.device)
+        precision = pick_precision(args.precision, device)
+        train = data.load(args.dataset, "train", args.data_dir, args.image_size)
+        if args.train_size:
+            train = data.stratified_subset(train, args.train_size, args.seed)
+        test = data.load(args.dataset, "test", args.data_dir, args.image_size, train.classes)
+        last_batch = len(train.labels) % args.batch_size or args.batch_size
+        if last_batch == 1 and args.image_size == 32 and "layer4" in unfrozen:
+            raise ValueError(f"--batch-size {args.batch_size} leaves a batch of one of the {len(train.labels)} images, "
+                             "from which layer4's BatchNorm cannot learn at --image-size 32: change either")
+        model = freeze.build(len(train.classes), args.weights, args.seed).to(device)
+        freeze.freeze(model, unfrozen)
+        prefix, tail = freeze.split(model, unfrozen)
+        dtype = PRECISIONS[precision]
+        inputs = Features(prefix, train.pixels, args.image_size, device, dtype, mirrored=True)
+        test_inputs = Features(prefix, test.pixels, args.image_size, device, dtype, mirrored=False)
+        place, reason = choose_place(args.cache, [inputs, test_inputs], device)
+        directory = args.out / run_name(args, unfrozen)
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(f"cannot write to {directory}: choose another --out")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+    print(f"{directory}: {len(train.labels):,} train and {len(test.labels):,} test images, {len(train.classes)} classes")
+    print_stages(model, unfrozen, rates)
+    print(f"device   {device_name(device)}, {precision}")
+    print(f"cache    {reason}", flush=True)
+    filling = time.monotonic()
+    inputs.fill(place)
+    test_inputs.fill(place)
+    if place != "off":
+        seconds = time.monotonic() - filling
+        images = 2 * len(inputs) + len(test_inputs)
+        print(f"         filled in {seconds:.1f} s, {images / seconds:,.0f} images/s", flush=True)
+
+    optimizer = torch.optim.Adam(freeze.param_groups(model, unfrozen, rates))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    labels, test_labels = train.labels.to(device), test.labels.to(device)
+    test_batches = torch.arange(len(test_inputs)).split(128)
+    history = []
+    about = {
+        "architecture": "resnet18", "classes": list(train.classes), "stages": unfrozen,
+        "arguments": vars(args) | {"out": str(args.out)}, "learning_rates": rates,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "device": device_name(device), "precision": precision,
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+                     "torchvision": torchvision.__version__, "numpy": np.__version__},
+    }
+    print("    epoch  train loss  accuracy   test loss  accuracy   seconds", flush=True)
+    for epoch in range(1, args.epochs + 1):
+        start = time.monotonic()
+        freeze.train_mode(model, unfrozen)
+        order, flips = data.epoch_order(len(inputs), args.seed, epoch)
+        loss_sum = torch.zeros((), device=device)  # summed on the device: no waiting in a step
+        correct = torch.zeros((), device=device)
+        for step, batch in enumerate(order.split(args.batch_size)):
+            x, y = inputs(batch, flips[batch]), labels[batch.to(device)]
+            with autocast(device, precision):
+                logits = tail(x)
+            loss = F.cross_entropy(logits.float(), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            loss_sum += loss.detach() * len(batch)
+            correct += (logits.detach().argmax(1) == y).sum()
+            data.progress(f"epoch {epoch}: {step * args.batch_size:,} of {len(inputs):,} images")
+        train_loss, train_accuracy = loss_sum.item() / len(inputs), correct.item() / len(inputs)
+        logits = predict(tail, (test_inputs(batch) for batch in test_batches), device, precision)
+        test_loss, test_accuracy = score(logits, test_labels)
+        values = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, time.monotonic() - start)
+        history.append(dict(zip(HISTORY, values, strict=True)))
+        data.progress()
+        print(f"{epoch:4}/{args.epochs:<4} {train_loss:11.4f} {train_accuracy:9.2%} {test_loss:11.4f} "
+              f"{test_accuracy:9.2%} {values[-1]:9.1f}", flush=True)
+        save(directory, model, history, about | {"seconds": time.monotonic() - began})
+    print(f"saved    {directory}/checkpoint.pt and history.csv, {time.monotonic() - began:.1f} s in all")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        data.progress()
+        print("train.py: stopped; the run's folder holds its last finished epoch, if there was one", file=sys.stderr)
+        sys.exit(130)
