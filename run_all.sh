@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The experiment: {layer4, layer3 layer4} x {10, 50} epochs, then the summary table.
+#
+#     bash run_all.sh                                    # CIFAR-10, ImageNet weights
+#     bash run_all.sh --demo                             # drawn pictures, no download, under 2 minutes on 2 cores
+#     bash run_all.sh --data-dir /data --batch-size 256  # what train.py takes goes to every run
+#     bash run_all.sh --out /tmp/results                 # default: results, or results/demo
+#     SEEDS="0 1 2" WITH_FC=1 bash run_all.sh            # three seeds, and the fc-only baseline
+set -euo pipefail
+
+out= preset=() extra=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --demo) preset=(--dataset synthetic --weights none --image-size 48 --train-size 400) ;;
+        --out) out=${2:?run_all.sh: error: --out needs a folder}; shift ;;
+        --out=*) out=${1#--out=} ;;
+        --unfreeze* | --epochs* | --seed*)
+            echo "run_all.sh: error: the runs themselves set ${1%%=*}; for one run use train.py, for seeds SEEDS=\"0 1 2\"" >&2
+            exit 2 ;;
+        -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0"; exit ;;
+        *) extra+=("$1") ;;
+    esac
+    shift
+done
+out=${out:-results${preset:+/demo}}
+
+. "$(dirname "$0")/setup.sh" torch torchvision
+"$python" - <<'END'
+import torch
+if not torch.cuda.is_available():
+    print("no CUDA device: going on with", "Apple's MPS" if torch.backends.mps.is_available() else "the CPU")
+END
+
+checkpoints=()
+for seed in ${SEEDS:-0}; do
+    for epochs in 10 50; do
+        for stages in ${WITH_FC:+""} layer4 "layer3 layer4"; do
+            # shellcheck disable=SC2086  # the stages are separate words
+            "$python" "$here/train.py" --unfreeze $stages --epochs "$epochs" --seed "$seed" --out "$out" \
+                ${preset[@]+"${preset[@]}"} ${extra[@]+"${extra[@]}"}
+            echo
+        done
+    done
+done
+"$python" "$here/evaluate.py" "$out"/*/checkpoint.pt --csv "$out/summary.csv"
+echo "table: $out/summary.csv, learning curves: $out/*/history.csv"

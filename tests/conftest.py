@@ -1,0 +1,69 @@
+"""Small runs of train.py inside the test's own process, and the HTTP server that downloads are tested against."""
+
+import csv
+import http.server
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+SMALL = ("--dataset", "synthetic", "--weights", "none", "--image-size", "64", "--train-size", "60", "--batch-size", "25",
+         "--epochs", "2", "--device", "cpu", "--precision", "fp32")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run("--unfreeze", "layer4") trains a small run, later flags winning; gives its folder."""
+
+    def run(*flags: str) -> Path:
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        train.main([*SMALL, "--out", str(out), *flags])
+        (folder,) = out.iterdir()
+        return folder
+
+    return run
+
+
+def history(folder: Path, *columns: str) -> list[list[float]]:
+    """The columns of a run's history.csv, an epoch per row."""
+    with open(folder / "history.csv", newline="") as file:
+        return [[float(row[column]) for column in columns] for row in csv.DictReader(file)]
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+@pytest.fixture
+def server():
+    """A local HTTP server: server.files["/name"] = bytes, and server.cut stops it half-way."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.asked.append(self.path)
+            body = self.server.files.get(self.path)
+            if body is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:len(body) // 2] if self.path in self.server.cut else body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.files, server.cut, server.asked = {}, set(), []
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
