@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 
@@ -126,7 +126,7 @@ def cifar(name: str, split: str, data_dir: Path) -> Images:
         images = dataset(data_dir, train=split == "train")
     except RuntimeError:  # torchvision's word for missing or not the published bytes
         archive = data_dir / dataset.filename
-        if not (archive.exists() and _md5(archive) == dataset.tgz_md5):
+        if not (archive.exists() and hashlib.md5(archive.read_bytes()).hexdigest() == dataset.tgz_md5):
             download([*MIRRORS[name], dataset.url], archive, dataset.tgz_md5)
         # Unpacked beside and moved into place, file by file, so that no half file gets its name.
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as scratch:
@@ -145,15 +145,15 @@ def download(urls: list[str], file: Path, md5: str) -> None:
     failures = []
     for url in urls:
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            print(f"downloading {file.name} from {url}", flush=True)
             request = urllib.request.Request(url, headers={"User-Agent": "unfreeze"})
-            with whole_file(file) as part, urllib.request.urlopen(request, timeout=SILENCE) as response:
+            with urllib.request.urlopen(request, timeout=SILENCE) as response, whole_file(file) as part:
                 total, done = int(response.headers.get("Content-Length") or 0), 0
                 with open(part, "wb") as out:
                     while block := response.read(1 << 18):
                         done += out.write(block)
-                        progress(f"downloading {file.name}: {done / 1e6:.0f} of {total / 1e6:.0f} MB from {url}")
-                if _md5(part) != md5:
+                        progress(f"{done / 1e6:.0f} of {total / 1e6:.0f} MB")
+                if hashlib.md5(part.read_bytes()).hexdigest() != md5:
                     raise OSError(f"{done} bytes came, but not the published ones (their md5 is another)")
             return
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -162,11 +162,6 @@ def download(urls: list[str], file: Path, md5: str) -> None:
             progress()
     raise OSError(f"could not download {file.name} ({'; '.join(failures)}). Put that file (md5 {md5}) into "
                   f"{file.parent.resolve()} by hand, or use --dataset synthetic, which needs no files")
-
-
-def _md5(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "md5").hexdigest()
 
 
 # ---------------------------------------------------------------- your own pictures
@@ -220,9 +215,11 @@ def read_image(file: str | Path) -> Image.Image:
 
 
 def _size(file: str) -> tuple[int, int]:
+    """(width, height) of what read_image gives, from the file's header."""
     try:
         with Image.open(file) as image:
-            return image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by 90 degrees
+            return image.size[::-1] if turned else image.size
     except Exception as error:
         raise OSError(f"cannot read the picture {file}: {error}") from error
 
@@ -246,8 +243,8 @@ def synthetic(split: str, seed: int = 0) -> Images:
         return generator.uniform(low, high, (count, 1, 1))
 
     row, column = np.mgrid[0:32, 0:32] - 15.5
-    angle, radius, period, phase = draw(-0.4, 0.4), draw(6, 11), draw(5, 9), draw(0, 2 * np.pi)
-    row, column = row - draw(-5, 5), column - draw(-5, 5)
+    angle, radius, period, phase = draw(-0.2, 0.2), draw(8, 11), draw(6, 8), draw(0, 2 * np.pi)
+    row, column = row - draw(-3, 3), column - draw(-3, 3)
     x = np.cos(angle) * column - np.sin(angle) * row
     y = np.sin(angle) * column + np.cos(angle) * row
     distance, step = np.hypot(x, y), 2 * np.pi / period
@@ -265,8 +262,8 @@ def synthetic(split: str, seed: int = 0) -> Images:
     ))  # bool [10, count, 32, 32]
     mask = drawings[labels, np.arange(count)][..., None]
     middle, contrast = generator.uniform(90, 165, (count, 1, 1, 3)), generator.normal(0, 1, (count, 1, 1, 3))
-    contrast *= generator.uniform(25, 60, (count, 1, 1, 1)) / np.linalg.norm(contrast, axis=-1, keepdims=True)
-    picture = middle + np.where(mask, contrast, -contrast) + generator.normal(0, 25, (count, 32, 32, 3))
+    contrast *= generator.uniform(50, 80, (count, 1, 1, 1)) / np.linalg.norm(contrast, axis=-1, keepdims=True)
+    picture = middle + np.where(mask, contrast, -contrast) + generator.normal(0, 10, (count, 32, 32, 3))
     return Images(torch.from_numpy(picture.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels), SHAPES)
 
 
@@ -278,6 +275,7 @@ def whole_file(file: str | Path) -> Iterator[Path]:
     """Yields a path beside `file` to write to; what was written gets the name `file` at the end,
     and disappears if anything went wrong, so the file is there whole or not at all."""
     file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         yield part

@@ -107,7 +107,7 @@ def read_checkpoint(path: str) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         checkpoint["model"], checkpoint["arguments"]["dataset"], checkpoint["history"][-1]["train_loss"]
     except Exception as error:  # torch.load meets a foreign file with many kinds of errors
         raise ValueError(f"{path} is not a checkpoint that train.py wrote whole") from error
@@ -120,7 +120,7 @@ def rebuild(checkpoint: dict, device: torch.device, precision: str) -> nn.Module
     Cut in two as in training and joined again: a folded prefix rounds bf16 differently from a
     plain model, and so both score the same to the last image.
     """
-    model = freeze.build(len(checkpoint["classes"]), weights="none")
+    model = freeze.build(len(checkpoint["classes"]))
     model.load_state_dict(checkpoint["model"])
     prefix, tail = freeze.split(model, checkpoint["stages"])
     return nn.Sequential(prefix.to(PRECISIONS[precision]), tail).to(device).eval()
@@ -151,8 +151,8 @@ def load_test(name: str, data_dir: str, image_size: int, classes: tuple[str, ...
 def print_summary(row: dict, images: int, first: bool) -> None:
     if first:
         print(f"{images:,} test images, scored with the whole model\n"
-              f"{'run':<44} {'train loss':>10} {'test loss':>10} {'accuracy':>10}")
-    print(f"{row['run']:<44} {row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%}", flush=True)
+              f"{'train loss':>10} {'test loss':>10} {'accuracy':>10}  run")
+    print(f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%}  {row['run']}", flush=True)
 
 
 def report_classes(file: Path, logits: torch.Tensor, images: data.Images) -> None:
@@ -161,9 +161,9 @@ def report_classes(file: Path, logits: torch.Tensor, images: data.Images) -> Non
     pairs = images.labels * count + logits.argmax(1)
     confusion = torch.bincount(pairs, minlength=count**2).view(count, count)
     for name, row, correct in zip(images.classes, confusion, confusion.diag()):
-        print(f"  {name:<42} {correct:>10,} of {row.sum():,} {correct / row.sum():>16.2%}")
+        print(f"{'':21} {correct / row.sum():10.2%}    {name}, {correct:,} of {row.sum():,}")
     write_csv(file, ["true class", *images.classes], [[n, *r.tolist()] for n, r in zip(images.classes, confusion)])
-    print(f"  confusion matrix (rows true, columns predicted): {file}")
+    print(f"{'':34}confusion matrix: {file}")
 
 
 def print_top_five(path: str, files: list[str], logits: torch.Tensor, classes: tuple[str, ...]) -> None:
@@ -174,28 +174,26 @@ def print_top_five(path: str, files: list[str], logits: torch.Tensor, classes: t
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint.pt files of train.py")
     parser.add_argument("--csv", metavar="FILE", help="write a row per checkpoint to this file")
     parser.add_argument("--per-class", action="store_true", help="accuracy per class, and confusion.csv")
     parser.add_argument("--image", nargs="+", metavar="PICTURE", help="name these pictures instead of scoring")
     parser.add_argument("--data-dir", help="where the data set is now (default: where it was)")
-    parser.add_argument("--device", choices=DEVICES, default="auto")
-    parser.add_argument("--precision", choices=["auto", *PRECISIONS], help="default: the checkpoint's own")
+    parser.add_argument("--device", choices=DEVICES, help="default: as in training")
+    parser.add_argument("--precision", choices=["auto", *PRECISIONS], help="default: as in training")
     args = parser.parse_args(argv)
     if args.image and (args.csv or args.per_class):
         parser.error("--image names pictures, --csv and --per-class score the test set: one at a time")
     try:
-        device = pick_device(args.device)
         checkpoints = [read_checkpoint(path) for path in args.checkpoints]
         pictures = [data.read_image(file) for file in args.image or []]
-        if args.csv and not Path(args.csv).resolve().parent.is_dir():
-            raise FileNotFoundError(f"--csv {args.csv}: there is no folder {Path(args.csv).resolve().parent}")
         rows = []
         for path, checkpoint in zip(args.checkpoints, checkpoints):
             arguments, classes = checkpoint["arguments"], tuple(checkpoint["classes"])
-            precision = pick_precision(args.precision or checkpoint["precision"], device)
+            device = pick_device(args.device or arguments["device"])
+            precision = pick_precision(args.precision or arguments["precision"], device)
             model, size = rebuild(checkpoint, device, precision), arguments["image_size"]
             if args.image:
                 pixels = torch.from_numpy(np.stack([picture.resize((size, size), data.BILINEAR) for picture in pictures]))

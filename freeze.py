@@ -1,6 +1,6 @@
 """A pretrained ResNet18, and which of its stages learn.
 
-    model = build(num_classes=10)                       # ImageNet weights, a new fc
+    model = build(10, load_weights("imagenet"))         # a new fc for 10 classes
     freeze(model, ["layer4", "fc"])                     # everything else is frozen
     optimizer = torch.optim.Adam(param_groups(model, ["layer4", "fc"]))
     train_mode(model, ["layer4", "fc"])                 # instead of model.train(), every epoch
@@ -37,41 +37,27 @@ LEARNING_RATES = {
 STAGES = tuple(LEARNING_RATES)
 
 
-def build(num_classes: int, weights: str = "imagenet", seed: int = 0) -> ResNet:
-    """A ResNet18 whose fc is new, [512 -> num_classes], initialized from the seed.
-
-    weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none" (random, from the
-    seed) or the path of a state_dict with torchvision's keys, whatever its number of classes.
-    Raises ValueError or OSError with a sentence for the user.
-    """
-    state = None if weights == "none" else _imagenet_weights() if weights == "imagenet" else _read_weights(weights)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = resnet18(num_classes=len(state["fc.bias"]) if state else num_classes)
-        if state:
-            try:
-                model.load_state_dict(state)
-            except RuntimeError as error:  # torch lists what differs, one item a line
-                raise ValueError(f"{weights} is not a state_dict of torchvision's resnet18: "
-                                 + " ".join(str(error).split())) from error
-            model.fc = nn.Linear(model.fc.in_features, num_classes)
-    return model.to(memory_format=torch.channels_last)
-
-
-def _read_weights(path: str) -> dict[str, torch.Tensor]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights file {path}: --weights takes imagenet, none or a path")
+def load_weights(weights: str) -> dict[str, torch.Tensor] | None:
+    """The state_dict to start from: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), a
+    path (torchvision's keys, any number of classes), or "none", which gives None.
+    Raises ValueError or OSError with a sentence for the user."""
+    if weights == "none":
+        return None
+    file = _imagenet_file() if weights == "imagenet" else Path(weights)
+    if not file.is_file():
+        raise FileNotFoundError(f"no weights file {file}: --weights takes imagenet, none or the path of a state_dict")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        resnet18(num_classes=len(state["fc.bias"])).load_state_dict(state)
+    except RuntimeError as error:  # torch lists what differs, one item a line
+        raise ValueError(f"{file} is not a state_dict of torchvision's resnet18: {' '.join(str(error).split())}") from error
     except Exception as error:  # torch.load meets a foreign file with many kinds of errors
-        raise ValueError(f"{path} is not a weights file that torch.load(weights_only=True) reads") from error
-    if not isinstance(state, dict) or "fc.bias" not in state or not all(map(torch.is_tensor, state.values())):
-        raise ValueError(f"{path} is not a state_dict of torchvision's resnet18: it has no fc.bias")
+        raise ValueError(f"{file} is not a state_dict that torch.load(weights_only=True) reads") from error
     return state
 
 
-def _imagenet_weights() -> dict[str, torch.Tensor]:
-    """torchvision's IMAGENET1K_V1 from torch.hub's folder; the hash in its name is checked always."""
+def _imagenet_file() -> Path:
+    """torchvision's IMAGENET1K_V1 in torch.hub's folder; its hash is checked always, not only once."""
     url = ResNet18_Weights.IMAGENET1K_V1.url
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     expected = file.stem.rsplit("-", 1)[1]  # resnet18-f37072fd.pth: the beginning of its sha256
@@ -82,10 +68,21 @@ def _imagenet_weights() -> dict[str, torch.Tensor]:
             torch.hub.download_url_to_file(url, str(file), hash_prefix=expected, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
             raise OSError(f"could not download the ImageNet weights ({error}): {by_hand}") from error
-    with open(file, "rb") as opened:
-        if not hashlib.file_digest(opened, "sha256").hexdigest().startswith(expected):
-            raise ValueError(f"{file} is damaged (its sha256 does not begin with {expected}): delete it and {by_hand}")
-    return _read_weights(str(file))
+    if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(expected):
+        raise ValueError(f"{file} is damaged (its sha256 does not begin with {expected}): delete it and {by_hand}")
+    return file
+
+
+def build(num_classes: int, state: dict[str, torch.Tensor] | None = None, seed: int = 0) -> ResNet:
+    """A float32, channels_last ResNet18 with what load_weights gave, or with random weights, and
+    a new fc, [512 -> num_classes]; everything random comes from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = resnet18(num_classes=len(state["fc.bias"]) if state else num_classes)
+        if state:
+            model.load_state_dict(state)
+            model.fc = nn.Linear(model.fc.in_features, num_classes)
+    return model.to(memory_format=torch.channels_last)
 
 
 def stages(model: ResNet) -> dict[str, nn.Module]:

@@ -8,15 +8,19 @@
 #     SEEDS="0 1 2" WITH_FC=1 bash run_all.sh            # three seeds, and the fc-only baseline
 set -euo pipefail
 
+refuse() {
+    echo "run_all.sh: error: $1" >&2
+    exit 2
+}
+
 out= preset=() extra=()
 while [ $# -gt 0 ]; do
     case "$1" in
-        --demo) preset=(--dataset synthetic --weights none --image-size 48 --train-size 400) ;;
-        --out) out=${2:?run_all.sh: error: --out needs a folder}; shift ;;
+        --demo) preset=(--dataset synthetic --weights none --image-size 32 --train-size 150 --batch-size 75) ;;
+        --out) out=${2:-}; [ -n "$out" ] || refuse "--out needs a folder"; shift ;;
         --out=*) out=${1#--out=} ;;
         --unfreeze* | --epochs* | --seed*)
-            echo "run_all.sh: error: the runs themselves set ${1%%=*}; for one run use train.py, for seeds SEEDS=\"0 1 2\"" >&2
-            exit 2 ;;
+            refuse "the runs themselves set ${1%%=*}; for one run use train.py, for seeds SEEDS=\"0 1 2\"" ;;
         -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0"; exit ;;
         *) extra+=("$1") ;;
     esac
@@ -25,13 +29,6 @@ done
 out=${out:-results${preset:+/demo}}
 
 . "$(dirname "$0")/setup.sh" torch torchvision
-"$python" - <<'END'
-import torch
-if not torch.cuda.is_available():
-    print("no CUDA device: going on with", "Apple's MPS" if torch.backends.mps.is_available() else "the CPU")
-END
-
-checkpoints=()
 for seed in ${SEEDS:-0}; do
     for epochs in 10 50; do
         for stages in ${WITH_FC:+""} layer4 "layer3 layer4"; do

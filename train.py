@@ -13,9 +13,9 @@ Each run leaves history.csv and checkpoint.pt in a folder of its own under --out
 
 import argparse
 import math
-import os
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,7 +34,7 @@ HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--unfreeze", nargs="*", default=[], choices=freeze.STAGES, metavar="STAGE",
@@ -87,6 +87,7 @@ def run_name(args: argparse.Namespace, unfrozen: list[str]) -> str:
     name += f"-n{args.train_size}" if args.train_size else ""
     name += f"-b{args.batch_size}" if args.batch_size != 128 else ""
     name += f"-px{args.image_size}" if args.image_size != 224 else ""
+    name += f"-{Path(args.weights).stem}" if args.weights != "imagenet" else ""
     return name + "".join(f"-{override}" for override in sorted(args.lr))
 
 
@@ -112,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         rates = learning_rates(args.lr, unfrozen)
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device)
+        weights = freeze.load_weights(args.weights)
         train = data.load(args.dataset, "train", args.data_dir, args.image_size)
         if args.train_size:
             train = data.stratified_subset(train, args.train_size, args.seed)
@@ -120,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         if last_batch == 1 and args.image_size == 32 and "layer4" in unfrozen:
             raise ValueError(f"--batch-size {args.batch_size} leaves a batch of one of the {len(train.labels)} images, "
                              "from which layer4's BatchNorm cannot learn at --image-size 32: change either")
-        model = freeze.build(len(train.classes), args.weights, args.seed).to(device)
+        model = freeze.build(len(train.classes), weights, args.seed).to(device)
         freeze.freeze(model, unfrozen)
         prefix, tail = freeze.split(model, unfrozen)
         dtype = PRECISIONS[precision]
@@ -128,15 +130,18 @@ def main(argv: list[str] | None = None) -> None:
         test_inputs = Features(prefix, test.pixels, args.image_size, device, dtype, mirrored=False)
         place, reason = choose_place(args.cache, [inputs, test_inputs], device)
         directory = args.out / run_name(args, unfrozen)
-        directory.mkdir(parents=True, exist_ok=True)
-        if not os.access(directory, os.W_OK):
-            raise PermissionError(f"cannot write to {directory}: choose another --out")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise OSError(f"cannot write to {directory} ({error.strerror}): choose another --out") from error
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
     print(f"{directory}: {len(train.labels):,} train and {len(test.labels):,} test images, {len(train.classes)} classes")
     print_stages(model, unfrozen, rates)
-    print(f"device   {device_name(device)}, {precision}")
+    no_cuda = ", no CUDA device found" if args.device == "auto" and device.type != "cuda" else ""
+    print(f"device   {device_name(device)}, {precision}{no_cuda}")
     print(f"cache    {reason}", flush=True)
     filling = time.monotonic()
     inputs.fill(place)

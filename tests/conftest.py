@@ -10,7 +10,7 @@ import torch
 
 import train
 
-SMALL = ("--dataset", "synthetic", "--weights", "none", "--image-size", "64", "--train-size", "60", "--batch-size", "25",
+SMALL = ("--dataset", "synthetic", "--weights", "none", "--image-size", "48", "--train-size", "60", "--batch-size", "25",
          "--epochs", "2", "--device", "cpu", "--precision", "fp32")
 
 

@@ -34,7 +34,7 @@ def stage_of(name: str) -> str:
 def test_frozen_stages_stay_bit_identical_and_the_others_learn(run, unfreeze):
     rates = ["--lr", "stem=1e-3"] if "stem" in unfreeze else []  # 1e-8 is lost in rounding a weight of 1
     trained = checkpoint(run("--unfreeze", *unfreeze, *rates))["model"]
-    initial = freeze.build(10, "none", seed=0).state_dict()
+    initial = freeze.build(10, seed=0).state_dict()
     learned = {name for name in initial if stage_of(name) in (*unfreeze, "fc")}
     assert changed(initial, trained) == learned
 
@@ -42,7 +42,7 @@ def test_frozen_stages_stay_bit_identical_and_the_others_learn(run, unfreeze):
 @pytest.mark.parametrize("right", [True, False])
 def test_the_usual_mistake_is_caught(right):
     """requires_grad = False and model.train(): the frozen BatchNorm's statistics drift."""
-    model = freeze.build(10, "none")
+    model = freeze.build(10)
     freeze.freeze(model, ["fc"])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     freeze.train_mode(model, ["fc"]) if right else model.train()
@@ -83,11 +83,11 @@ class TextbookDataset(Dataset):
         return self.prepare(picture), int(self.images.labels[i])
 
 
-def textbook(unfreeze: tuple[str, ...], epochs: int = 2, size: int = 64, batch_size: int = 25) -> list[list[float]]:
+def textbook(unfreeze: tuple[str, ...], epochs: int = 2, size: int = 48, batch_size: int = 25) -> list[list[float]]:
     """The experiment as a tutorial would write it, with the frozen stages in eval mode."""
     train = data.stratified_subset(data.synthetic("train"), 60, seed=0)
     test = data.synthetic("test")
-    model = freeze.build(10, "none", seed=0)
+    model = freeze.build(10, seed=0)
     learning = {"layer3": model.layer3, "layer4": model.layer4, "fc": model.fc}
     rates = {"layer3": 1e-5, "layer4": 1e-4, "fc": 1e-3}
     names = [*unfreeze, "fc"]
