@@ -188,10 +188,10 @@ def main(argv: list[str] | None = None) -> None:
         test_loss, test_accuracy = score(logits, test_labels)
         values = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, time.monotonic() - start)
         history.append(dict(zip(HISTORY, values, strict=True)))
+        save(directory, model, history, about | {"seconds": time.monotonic() - began})
         data.progress()
         print(f"{epoch:4}/{args.epochs:<4} {train_loss:11.4f} {train_accuracy:9.2%} {test_loss:11.4f} "
               f"{test_accuracy:9.2%} {values[-1]:9.1f}", flush=True)
-        save(directory, model, history, about | {"seconds": time.monotonic() - began})
     print(f"saved    {directory}/checkpoint.pt and history.csv, {time.monotonic() - began:.1f} s in all")
 
 

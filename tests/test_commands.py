@@ -1,0 +1,355 @@
+"""The command lines: what a user types, sees and finds on disk."""
+
+import csv
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, checkpoint, history
+from PIL import Image
+
+import data
+import evaluate
+import train
+
+ROOT = Path(__file__).parent.parent
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def everything_below(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+# ---------------------------------------------------------------- a run, and scoring it
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run, never written to by the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        synthetic = data.synthetic
+        patch.setattr(data, "synthetic", lambda split: data.stratified_subset(synthetic(split), 60, 0)
+                      if split == "test" else synthetic(split))
+        out = tmp_path_factory.mktemp("finished")
+        train.main([*SMALL, "--unfreeze", "layer4", "--lr", "layer4=1e-3", "--out", str(out)])
+    (folder,) = out.iterdir()
+    return folder
+
+
+def test_what_a_run_prints(run, capsys):
+    folder = run("--unfreeze", "layer3", "layer4", "--lr", "layer3=3e-5", "--batch-size", "30")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{folder}: 60 train and 60 test images, 10 classes"
+    table = [line.split() for line in lines[2:8]]
+    assert table == [["stem", "9,536", "frozen"], ["layer1", "147,968", "frozen"], ["layer2", "525,568", "frozen"],
+                     ["layer3", "2,099,712", "learns", "at", "3e-05"], ["layer4", "8,393,728", "learns", "at", "0.0001"],
+                     ["fc", "5,130", "learns", "at", "0.001"]]
+    assert lines[8].startswith("device ") and lines[8].endswith("(%d threads), fp32" % torch.get_num_threads())
+    assert lines[9].startswith("cache    0.00 GB of features in device memory, ")
+    assert "filled in" in lines[10] and [line.split()[0] for line in lines[12:14]] == ["1/2", "2/2"]
+    assert lines[14].startswith(f"saved    {folder}/checkpoint.pt and history.csv") and len(lines) == 15
+    assert "\r" not in "".join(lines)  # live progress is for terminals
+    assert max(len(line) for line in lines[1:14]) <= 80
+
+
+def test_what_a_run_leaves(finished):
+    assert finished.name == "synthetic-layer4-e2-s0-n60-b25-px48-none-layer4=1e-3"
+    assert {file.name for file in finished.iterdir()} == {"history.csv", "checkpoint.pt"}
+    table = rows(finished / "history.csv")
+    assert list(table[0])[:6] == ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds"]
+    assert [row["epoch"] for row in table] == ["1", "2"]
+    assert all(0 <= float(row[name]) <= 1 for row in table for name in ("train_accuracy", "test_accuracy"))
+    saved = checkpoint(finished)  # read with weights_only=True: plain values and tensors
+    assert saved["classes"] == list(data.SHAPES) and saved["stages"] == ["layer4", "fc"]
+    assert saved["architecture"] == "resnet18" and saved["arguments"]["image_size"] == 48
+    assert saved["learning_rates"]["layer4"] == 1e-3 and saved["trainable_parameters"] == 8_398_858
+    assert saved["versions"]["torch"] == torch.__version__ and len(saved["history"]) == 2
+
+
+@pytest.mark.parametrize("flags, name", [
+    ([], "cifar10-fc-e10-s0"),
+    (["--unfreeze", "layer4", "layer3", "--epochs", "50"], "cifar10-layer3+layer4-e50-s0"),
+    (["--unfreeze", "fc", "layer4", "--seed", "2"], "cifar10-layer4-e10-s2"),
+    (["--train-size", "500", "--batch-size", "64", "--weights", "a/b.pth"], "cifar10-fc-e10-s0-n500-b64-b"),
+])
+def test_a_run_is_named_by_what_was_run(flags, name):
+    _, args = train.parse(flags)
+    assert train.run_name(args, [s for s in train.freeze.STAGES if s in [*args.unfreeze, "fc"]]) == name
+
+
+def test_the_defaults_are_the_experiment():
+    _, args = train.parse([])
+    assert (args.dataset, args.weights, args.image_size, args.batch_size, args.epochs, args.seed) == (
+        "cifar10", "imagenet", 224, 128, 10, 0)
+
+
+@pytest.mark.parametrize("flags", [["--unfreeze", "layer4"], []])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluation_agrees_with_the_last_epoch(run, tmp_path, capsys, flags, precision):
+    folder = run(*flags, "--precision", precision)
+    evaluate.main([str(folder / "checkpoint.pt"), "--csv", str(tmp_path / "summary.csv")])
+    (row,) = rows(tmp_path / "summary.csv")
+    loss, accuracy = history(folder, "test_loss", "test_accuracy")[-1]
+    assert float(row["test_accuracy"]) == accuracy
+    assert float(row["test_loss"]) == pytest.approx(loss, rel={"fp32": 1e-4, "bf16": 1e-2}[precision])
+
+
+def test_the_summary_has_a_row_for_each_checkpoint(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "other")
+    evaluate.main([str(finished / "checkpoint.pt"), str(tmp_path / "other/checkpoint.pt"), "--csv", str(tmp_path / "summary.csv")])
+    one, two = rows(tmp_path / "summary.csv")
+    assert list(one) == ["run", "dataset", "unfrozen", "epochs", "seed", "train_loss", "test_loss", "test_accuracy",
+                         "trainable_parameters", "seconds", "device", "precision", "torch"]
+    assert (one["run"], two["run"]) == (finished.name, "other")
+    assert (one["dataset"], one["unfrozen"], one["epochs"], one["seed"]) == ("synthetic", "layer4+fc", "2", "0")
+    assert float(one["train_loss"]) == history(finished, "train_loss")[-1][0]
+    assert [one[name] for name in ("trainable_parameters", "precision", "torch")] == ["8398858", "fp32", torch.__version__]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("60 test images") and lines[2].endswith(f"{float(one['test_accuracy']):.2%}  {finished.name}")
+
+
+def test_per_class_accuracies_and_the_confusion_matrix(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    evaluate.main([str(tmp_path / "run/checkpoint.pt"), "--per-class"])
+    with open(tmp_path / "run/confusion.csv", newline="") as file:
+        (corner, *columns), *table = csv.reader(file)
+    counts = np.array([[int(number) for number in row[1:]] for row in table])
+    assert columns == [row[0] for row in table] == list(data.SHAPES)
+    assert counts.sum(1).tolist() == [6] * 10
+    assert counts.trace() / 60 == pytest.approx(history(finished, "test_accuracy")[-1][0])
+    printed = capsys.readouterr().out
+    for name, row, correct in zip(data.SHAPES, counts, counts.diagonal()):
+        assert f"{correct / 6:.2%}    {name}, {correct} of 6" in printed
+
+
+def test_naming_pictures(finished, tmp_path, capsys):
+    for name, size, mode in (("a b.png", (300, 200), "RGB"), ("c.jpg", (9, 9), "L")):
+        Image.new(mode, size, 128).save(tmp_path / name)
+    evaluate.main([str(finished / "checkpoint.pt"), "--image", str(tmp_path / "a b.png"), str(tmp_path / "c.jpg")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for line, name in zip(lines[1:], ("a b.png", "c.jpg")):
+        named, _, best = line.rpartition(": ")
+        percentages = [float(part.split()[1].rstrip("%")) for part in best.split(", ")]
+        assert named == str(tmp_path / name) and len(percentages) == 5
+        assert percentages == sorted(percentages, reverse=True) and sum(percentages) <= 100.5
+
+
+def test_a_picture_is_prepared_as_in_training(finished, tmp_path, capsys):
+    """The class named for a picture of the test set is the class that scoring predicts for it."""
+    images = data.synthetic("test")
+    model = evaluate.rebuild(checkpoint(finished), torch.device("cpu"), "fp32")
+    predicted = model(data.transform(images.pixels[:8], 48)).softmax(1)
+    files = [tmp_path / f"{i}.png" for i in range(8)]
+    for pixels, file in zip(images.pixels, files):
+        Image.fromarray(pixels.numpy()).save(file)
+    evaluate.main([str(finished / "checkpoint.pt"), "--image", *map(str, files)])
+    for line, probabilities in zip(capsys.readouterr().out.splitlines()[1:], predicted):
+        assert f": {data.SHAPES[probabilities.argmax()]} {probabilities.max():.1%}" in line
+
+
+def test_your_own_pictures(tmp_path, capsys):
+    """A folder data set from training to naming, and with the data moved in between."""
+    images = data.synthetic("train")
+    for split, first in (("train", 0), ("test", 40)):
+        for i in range(first, first + 20):
+            file = tmp_path / "mine" / split / f"class {images.labels[i] % 3}" / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images.pixels[i].numpy()).resize((40 + i, 50)).save(file)
+    train.main(["--dataset", "folder", "--data-dir", str(tmp_path / "mine"), "--weights", "none", "--image-size", "48",
+                "--epochs", "1", "--out", str(tmp_path / "out"), "--precision", "fp32", "--device", "cpu"])
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    file = tmp_path / "out/folder-fc-e1-s0-px48-none/checkpoint.pt"
+    assert checkpoint(file.parent)["classes"] == ["class 0", "class 1", "class 2"]
+    evaluate.main([str(file), "--data-dir", str(tmp_path / "moved"), "--per-class"])
+    assert "20 test images" in capsys.readouterr().out
+
+
+def test_layer4_learns_the_drawn_pictures_and_fc_alone_does_not(run):
+    flags = ["--image-size", "32", "--train-size", "200", "--batch-size", "100", "--epochs", "20"]
+    (fc,), (layer4,) = (history(run(*flags, "--unfreeze", *stages), "test_accuracy")[-1] for stages in ([], ["layer4"]))
+    assert fc < 0.25 and layer4 > fc + 0.08
+
+
+# ---------------------------------------------------------------- wrong input
+
+
+def complaint(main, flags, capsys) -> str:
+    """What a command prints on stderr when it refuses: one line, status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, flags)))
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and "Traceback" not in captured.err
+    (line,) = captured.err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--unfreeze", "layer9"], r"--unfreeze: invalid choice: 'layer9' \(choose from"),
+    (["--epochs", "0"], "--epochs: must be a whole number from 1, not '0'"),
+    (["--epochs", "ten"], "--epochs: must be a whole number from 1, not 'ten'"),
+    (["--batch-size", "0"], "--batch-size: must be a whole number from 1"),
+    (["--image-size", "31"], "--image-size: must be a whole number from 32"),
+    (["--seed", "-1"], "--seed"),
+    (["--lr", "layer4=1e-3"], r"--lr layer4=1e-3: 'layer4' is no stage that learns here \(fc\)"),
+    (["--lr", "1e-3"], "--lr 1e-3"),
+    (["--lr", "fc=fast"], "--lr fc=fast: 'fast' is not a number"),
+    (["--lr", "fc=0"], "--lr fc=0: a learning rate is above 0 and finite"),
+    (["--lr", "fc=nan"], "--lr fc=nan: a learning rate is above 0 and finite"),
+    (["--weights", "nowhere.pth"], "no weights file nowhere.pth: --weights takes imagenet, none or"),
+    (["--weights", __file__], "test_commands.py is not a state_dict"),
+    (["--dataset", "mnist"], "--dataset: invalid choice: 'mnist'"),
+    (["--dataset", "folder", "--data-dir", "nowhere"], "no nowhere/train: --dataset folder reads"),
+    (["--train-size", "2001"], "train size must be from 10 .* to 2000"),
+    (["--train-size", "9"], "train size must be from 10"),
+    (["--out", "/proc/nothing"], "cannot write to /proc/nothing/.*: choose another --out"),
+    (["--out", __file__], "cannot write to .*: choose another --out"),
+    (["--image-size", "32", "--unfreeze", "layer4", "--train-size", "21", "--batch-size", "20"], "leaves a batch of one"),
+    (["--nothing"], "unrecognized arguments: --nothing"),
+    (["--epoch", "3"], "unrecognized arguments: --epoch"),
+    pytest.param(["--device", "cuda"], "--device cuda: this PyTorch .* sees no cuda device; --device auto",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
+])
+def test_train_refuses_in_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    line = complaint(train.main, [*SMALL, *flags], capsys)
+    assert re.search(expected, line), line
+    assert not everything_below(tmp_path)
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["nowhere.pt"], "no checkpoint nowhere.pt"),
+    ([__file__], "test_commands.py is not a checkpoint that train.py wrote whole"),
+    (["weights.pt"], "weights.pt is not a checkpoint that train.py wrote whole"),
+    (["half.pt"], "half.pt is not a checkpoint that train.py wrote whole"),
+    (["good.pt", "nowhere.pt"], "no checkpoint nowhere.pt"),
+    (["good.pt", "--image", "nowhere.jpg"], "cannot read the picture nowhere.jpg"),
+    (["good.pt", "--image", __file__], "cannot read the picture .*test_commands.py"),
+    (["good.pt", "--image", __file__, "--per-class"], "one at a time"),
+    (["good.pt", "--csv", "/proc/nothing/summary.csv"], "/proc/nothing"),
+    ([], "the following arguments are required: CHECKPOINT"),
+])
+def test_evaluate_refuses_in_one_line_and_writes_nothing(finished, tmp_path, monkeypatch, capsys, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    good = (finished / "checkpoint.pt").read_bytes()
+    Path("good.pt").write_bytes(good)
+    Path("half.pt").write_bytes(good[:len(good) // 2])
+    torch.save({"fc.bias": torch.zeros(3)}, "weights.pt")
+    before = everything_below(tmp_path)
+    line = complaint(evaluate.main, flags, capsys)
+    assert re.search(expected, line), line
+    assert everything_below(tmp_path) == before
+
+
+# ---------------------------------------------------------------- the shell scripts
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    """A copy of the shell scripts and a `python` that can import everything and notes what it is asked to run."""
+    for name in ("run_all.sh", "setup.sh", "tests/run.sh", "requirements.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    fake_python(tmp_path / "bin/python", imports=True)
+
+    def run(*command: str, **variables: str):
+        environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "LOG": str(tmp_path / "log")} | variables
+        done = subprocess.run(["bash", *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        log = (tmp_path / "log").read_text().splitlines() if (tmp_path / "log").exists() else []
+        return done, [line.replace(f"{tmp_path}/", "") for line in log]
+
+    return run
+
+
+def fake_python(file: Path, imports: bool) -> None:
+    """Answers -c (import something), makes a virtual environment of itself, and logs anything else."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"""#!/bin/sh
+case "$1" in
+    -c) exit {0 if imports else 1} ;;
+    -m) echo "$@" >> "$LOG"
+        if [ "$2" = venv ]; then mkdir -p "$3/bin"; sed 's/exit 1 ;;/exit 0 ;;/' "$0" > "$3/bin/python"; chmod +x "$3/bin/python"; fi ;;
+    *) echo "$@" >> "$LOG"; case "$*" in *"$FAIL"*) [ -z "$FAIL" ] || exit 3 ;; esac ;;
+esac
+""")
+    file.chmod(0o755)
+
+
+def test_run_all_runs_the_four_runs_and_scores_them(scripts):
+    done, log = scripts("run_all.sh", "--data-dir", "/my data", "--batch-size", "256")
+    flags = "--out results --data-dir /my data --batch-size 256"
+    assert done.returncode == 0, done.stderr
+    assert log == [f"train.py --unfreeze layer4 --epochs 10 --seed 0 {flags}",
+                   f"train.py --unfreeze layer3 layer4 --epochs 10 --seed 0 {flags}",
+                   f"train.py --unfreeze layer4 --epochs 50 --seed 0 {flags}",
+                   f"train.py --unfreeze layer3 layer4 --epochs 50 --seed 0 {flags}",
+                   "evaluate.py results/*/checkpoint.pt --csv results/summary.csv"]
+    assert done.stdout.splitlines()[-1] == "table: results/summary.csv, learning curves: results/*/history.csv"
+
+
+def test_run_all_with_seeds_and_the_baseline(scripts):
+    _, log = scripts("run_all.sh", "--out", "here", SEEDS="3 4", WITH_FC="1")
+    assert len(log) == 2 * 2 * 3 + 1 and all("--out here" in line for line in log[:-1])
+    assert log[0] == "train.py --unfreeze --epochs 10 --seed 3 --out here" and "--csv here/summary.csv" in log[-1]
+    assert {line.split("--seed ")[1][0] for line in log[:-1]} == {"3", "4"}
+
+
+def test_the_demo_only_presets_flags(scripts):
+    _, log = scripts("run_all.sh", "--demo", "--device", "cpu")
+    preset = "--dataset synthetic --weights none --image-size 32 --train-size 150 --batch-size 75"
+    assert len(log) == 5 and all(line.endswith(f"--out results/demo {preset} --device cpu") for line in log[:4])
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--unfreeze", "layer2"], "the runs themselves set --unfreeze"), (["--epochs=3"], "the runs themselves set --epochs"),
+    (["--seed", "1"], 'for seeds SEEDS="0 1 2"'), (["--out"], "--out needs a folder"), (["--out", ""], "--out needs a folder"),
+])
+def test_run_all_refuses(scripts, flags, expected):
+    done, log = scripts("run_all.sh", *flags)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("run_all.sh: error: ") and expected in line and not log
+
+
+def test_run_all_stops_at_a_run_that_fails(scripts):
+    done, log = scripts("run_all.sh", FAIL="layer3")
+    assert done.returncode == 3 and len(log) == 2
+
+
+def test_run_all_explains_itself(scripts):
+    done, log = scripts("run_all.sh", "--help")
+    assert done.returncode == 0 and "bash run_all.sh --demo" in done.stdout and not log
+
+
+@pytest.mark.parametrize("script", ["run_all.sh", "tests/run.sh"])
+def test_what_is_missing_is_installed_once(scripts, tmp_path, script):
+    for name in ("python", "python3"):
+        fake_python(tmp_path / "bin" / name, imports=False)
+    done, log = scripts(script)
+    assert done.returncode == 0, done.stderr
+    assert log[:2] == ["-m venv .venv", "-m pip install --quiet -r requirements.txt"]
+    again, log = scripts(script)
+    assert again.returncode == 0 and sum("venv" in line for line in log) == 1
+
+
+def test_ctrl_c_in_the_middle_keeps_the_last_finished_epoch(tmp_path):
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *SMALL, "--epochs", "1000", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.strip().startswith("2/1000"):
+                process.send_signal(signal.SIGINT)
+                break
+        _, errors = process.communicate()
+    assert process.returncode == 130 and errors.startswith("train.py: stopped;") and len(errors.splitlines()) == 1
+    (folder,) = tmp_path.iterdir()
+    assert {file.name for file in folder.iterdir()} == {"history.csv", "checkpoint.pt"}
+    assert len(history(folder, "epoch")) >= 2 and len(checkpoint(folder)["history"]) >= 2
