@@ -4,17 +4,20 @@
     test = load("cifar10", "test", classes=train.classes)
     x = transform(test.pixels[:128], image_size=224)   # what the network sees
 
-Imports torch, torchvision and numpy only, nothing of this repository: copy it into yours.
+Imports torch, torchvision and what they bring (numpy, Pillow), nothing of this repository:
+copy it into yours.
 """
 
 import hashlib
 import http.client
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
 import time
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torchvision import datasets
-from torchvision.transforms.v2 import functional as TF
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic")
 BILINEAR = Image.Resampling.BILINEAR  # what torchvision resizes with unless told otherwise
@@ -78,15 +80,20 @@ def transform(pixels: torch.Tensor, image_size: int, dtype: torch.dtype = torch.
 
     pixels: uint8 [B, H, W, 3]; flips: bool [B], which images to mirror left to right.
     Returns `dtype` [B, 3, image_size, image_size] in channels_last memory, ImageNet-normalized,
-    about -2.1 to 2.6. 32x32 to 224x224 on a CPU this equals Resize, ToTensor and Normalize of PIL
-    images to floating-point rounding; for other sizes, and on a GPU, a pixel in a hundred may
-    round to the next of its 256 levels.
+    about -2.1 to 2.6. From 32x32 to 224x224 equal to Resize, ToTensor and Normalize of PIL images
+    to floating-point rounding; for sizes that are no multiples some values round to the next of
+    their 256 levels.
     """
     if flips is not None:  # on the small image: mirroring commutes with resizing
         pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(2), pixels)
-    images = TF.resize(pixels.permute(0, 3, 1, 2), [image_size, image_size], antialias=True)
-    # Subtracting a fixed mean and dividing by a fixed deviation is batch norm in eval mode, whose
-    # one pass over bf16 is 5 times as fast on a CPU as torchvision's ToTensor and Normalize.
+    images = pixels.permute(0, 3, 1, 2)
+    if pixels.device.type == "cpu":  # has a uint8 kernel that works as PIL does
+        images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
+    else:  # PIL resizes the width, rounds, then resizes the height and rounds again
+        for size in ((pixels.shape[1], image_size), (image_size, image_size)):
+            images = F.interpolate(images.float(), size, mode="bilinear", antialias=True).round()
+    # Subtracting a fixed mean and dividing by a fixed deviation is batch norm in eval mode: one
+    # pass over the images in their final type, where ToTensor and Normalize make three in float32.
     mean = torch.tensor(IMAGENET_MEAN, device=pixels.device) * 255
     variance = (torch.tensor(IMAGENET_STD, device=pixels.device) * 255) ** 2
     images = images.to(dtype, memory_format=torch.channels_last)
@@ -102,8 +109,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.
 
 
 def stratified_subset(images: Images, size: int, seed: int) -> Images:
-    """`size` of the images, each class in its share to within one image; smaller subsets of one
-    seed lie inside larger ones. Raises ValueError if size is not within [classes, images]."""
+    """`size` of the images, each class in its share to within an image or two and never without
+    one; smaller subsets of one seed lie inside larger ones. Raises ValueError if size is not
+    within [classes, images]."""
     if not len(images.classes) <= size <= len(images.labels):
         raise ValueError(f"the train size must be from {len(images.classes)} (one image per class) to "
                          f"{len(images.labels)} (all there are), not {size}")
@@ -112,7 +120,8 @@ def stratified_subset(images: Images, size: int, seed: int) -> Images:
     quantile = np.empty(len(labels))  # of an image within its own class, after a shuffle
     for label in range(len(images.classes)):
         rows = np.flatnonzero(labels == label)
-        quantile[rows] = (generator.permutation(len(rows)) + generator.random(len(rows))) / max(len(rows), 1)
+        rank = generator.permutation(len(rows))
+        quantile[rows] = np.where(rank == 0, 0, rank + generator.random(len(rows))) / len(rows)
     chosen = torch.from_numpy(np.sort(np.argsort(quantile)[:size]))
     return Images(images.pixels[chosen], images.labels[chosen], images.classes)
 
@@ -122,6 +131,7 @@ def stratified_subset(images: Images, size: int, seed: int) -> Images:
 
 def cifar(name: str, split: str, data_dir: Path) -> Images:
     """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), uint8 [50000 or 10000, 32, 32, 3], downloaded if missing."""
+    warnings.filterwarnings("ignore", message=".*align should be passed")  # how CIFAR was pickled
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
         images = dataset(data_dir, train=split == "train")
@@ -137,12 +147,13 @@ def cifar(name: str, split: str, data_dir: Path) -> Images:
             for file in (Path(scratch) / dataset.base_folder).iterdir():
                 os.replace(file, data_dir / dataset.base_folder / file.name)
         images = dataset(data_dir, train=split == "train")
-    return Images(torch.from_numpy(images.data), torch.tensor(images.targets), tuple(images.classes))
+    return Images(torch.from_numpy(np.ascontiguousarray(images.data)), torch.tensor(images.targets), tuple(images.classes))
 
 
 def download(urls: list[str], file: Path, md5: str) -> None:
     """Fetch `file` from the first of `urls` that delivers the bytes with this md5; it appears
     whole or not at all. Raises OSError naming every source that failed and what to do by hand."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     failures = []
     for url in urls:
         try:
@@ -208,27 +219,30 @@ def folder(root: Path, split: str, image_size: int, classes: tuple[str, ...] | N
 
 def read_image(file: str | Path) -> Image.Image:
     """A picture as RGB, upright as its EXIF orientation says. Raises OSError naming the file."""
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # PIL's plugins raise nearly everything on a broken file
-        raise OSError(f"cannot read the picture {file}: {error}") from error
+    with _opened(file) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip to 8
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
 
 
 def _size(file: str) -> tuple[int, int]:
     """(width, height) of what read_image gives, from the file's header."""
+    with _opened(file) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by 90 degrees
+        return image.size[::-1] if turned else image.size
+
+
+@contextmanager
+def _opened(file: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by 90 degrees
-            return image.size[::-1] if turned else image.size
-    except Exception as error:
+            yield image
+    except Exception as error:  # PIL's plugins raise nearly everything on a broken file
         raise OSError(f"cannot read the picture {file}: {error}") from error
 
 
 # ---------------------------------------------------------------- drawn pictures
-
-SHAPES = ("bars", "checks", "cross", "diagonals", "disc", "dots", "ring", "square", "triangle", "waves")
-
 
 def synthetic(split: str, seed: int = 0) -> Images:
     """Drawn textures and shapes, uint8 [2000 train or 500 test, 32, 32, 3], the same for one seed.
@@ -238,7 +252,7 @@ def synthetic(split: str, seed: int = 0) -> Images:
     """
     count = {"train": 2000, "test": 500}[split]
     generator = np.random.default_rng([seed, split == "test"])
-    labels = np.arange(count) % len(SHAPES)
+    labels = np.arange(count) % 10
 
     def draw(low: float, high: float) -> np.ndarray:  # one number per image, [count, 1, 1]
         return generator.uniform(low, high, (count, 1, 1))
@@ -249,23 +263,23 @@ def synthetic(split: str, seed: int = 0) -> Images:
     x = np.cos(angle) * column - np.sin(angle) * row
     y = np.sin(angle) * column + np.cos(angle) * row
     distance, step = np.hypot(x, y), 2 * np.pi / period
-    drawings = np.stack(np.broadcast_arrays(
-        np.sin(step * y + phase) > 0,
-        np.sin(step * x + phase) * np.sin(step * y + phase) > 0,
-        (np.minimum(abs(x), abs(y)) < radius / 4) & (np.maximum(abs(x), abs(y)) < radius),
-        np.sin(step * (x + y) / np.sqrt(2) + phase) > 0,
-        distance < radius,
-        np.hypot((x + phase) % period - period / 2, (y + phase) % period - period / 2) < period / 4,
-        (distance < radius) & (distance > 0.6 * radius),
-        np.maximum(abs(x), abs(y)) < 0.85 * radius,
-        (y < 0.7 * radius) & (abs(x) * 1.7 < y + radius),
-        np.sin(step * (y + 2 * np.sin(step * x / 1.5)) + phase) > 0,
-    ))  # bool [10, count, 32, 32]
-    mask = drawings[labels, np.arange(count)][..., None]
+    drawings = {
+        "bars": np.sin(step * y + phase) > 0,
+        "checks": np.sin(step * x + phase) * np.sin(step * y + phase) > 0,
+        "cross": (np.minimum(abs(x), abs(y)) < radius / 4) & (np.maximum(abs(x), abs(y)) < radius),
+        "diagonals": np.sin(step * (x + y) / np.sqrt(2) + phase) > 0,
+        "disc": distance < radius,
+        "dots": np.hypot((x + phase) % period - period / 2, (y + phase) % period - period / 2) < period / 4,
+        "ring": (distance < radius) & (distance > 0.6 * radius),
+        "square": np.maximum(abs(x), abs(y)) < 0.85 * radius,
+        "triangle": (y < 0.7 * radius) & (abs(x) * 1.7 < y + radius),
+        "waves": np.sin(step * (y + 2 * np.sin(step * x / 1.5)) + phase) > 0,
+    }
+    mask = np.stack(list(drawings.values()))[labels, np.arange(count)][..., None]
     middle, contrast = generator.uniform(90, 165, (count, 1, 1, 3)), generator.normal(0, 1, (count, 1, 1, 3))
     contrast *= generator.uniform(50, 80, (count, 1, 1, 1)) / np.linalg.norm(contrast, axis=-1, keepdims=True)
     picture = middle + np.where(mask, contrast, -contrast) + generator.normal(0, 10, (count, 32, 32, 3))
-    return Images(torch.from_numpy(picture.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels), SHAPES)
+    return Images(torch.from_numpy(picture.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels), tuple(drawings))
 
 
 # ---------------------------------------------------------------- files and the terminal
@@ -294,5 +308,5 @@ def progress(text: str = "") -> None:
     now = time.monotonic()
     if sys.stdout.isatty() and (not text or now - _last_shown > 0.1):
         _last_shown = now
-        width = os.get_terminal_size().columns - 1
+        width = shutil.get_terminal_size().columns - 1
         print(f"\r{text[:width]:{width}}" if text else f"\r{'':{width}}\r", end="", flush=True)

@@ -66,11 +66,8 @@ def device_name(device: torch.device) -> str:
     """What a figure was measured on: the GPU's name, or the processor's and its threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [platform.processor(), platform.machine()]
-    if Path("/proc/cpuinfo").exists():
-        lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-        names = [value.strip() for key, value in lines if key.strip() == "model name"] + names
-    return f"{next(filter(None, names))} {device.type} ({torch.get_num_threads()} threads)"
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name} {device.type} ({torch.get_num_threads()} threads)"
 
 
 # ---------------------------------------------------------------- scoring
@@ -86,44 +83,36 @@ def predict(model: nn.Module, inputs: Iterable[torch.Tensor], device: torch.devi
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
     """Mean cross-entropy in nats and accuracy in [0, 1]; logits [N, classes], labels int64 [N]."""
-    loss = F.cross_entropy(logits, labels)
-    accuracy = (logits.argmax(1) == labels).float().mean()
-    return loss.item(), accuracy.item()
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
-def pixel_batches(pixels: torch.Tensor, image_size: int, device: torch.device, precision: str) -> Iterator[torch.Tensor]:
-    """What the whole model takes, [up to 128, 3, image_size, image_size], from uint8 [N, H, W, 3]."""
-    for start in range(0, len(pixels), 128):
-        yield data.transform(pixels[start:start + 128].to(device), image_size, PRECISIONS[precision])
-        data.progress(f"scoring: {start:,} of {len(pixels):,} images")
+def whole_model_logits(model: nn.Module, pixels: torch.Tensor, image_size: int, device: torch.device,
+                       precision: str) -> torch.Tensor:
+    """Logits, float32 [N, classes] on the CPU, of a whole model for uint8 [N, H, W, 3]."""
+
+    def batches() -> Iterator[torch.Tensor]:
+        for start in range(0, len(pixels), 128):
+            yield data.transform(pixels[start:start + 128].to(device), image_size)
+            data.progress(f"scoring: {start:,} of {len(pixels):,} images")
+
+    logits = predict(model, batches(), device, precision).cpu()
     data.progress()
+    return logits
 
 
-# ---------------------------------------------------------------- checkpoints and tables
-
-
-def read_checkpoint(path: str) -> dict:
-    """What train.py saved. Raises OSError or ValueError naming the file."""
+def read_checkpoint(path: str) -> tuple[dict, nn.Module]:
+    """What train.py saved, and the whole trained model, rebuilt from nothing else.
+    Raises OSError or ValueError naming the file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["model"], checkpoint["arguments"]["dataset"], checkpoint["history"][-1]["train_loss"]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = freeze.build(len(checkpoint["classes"]))
+        model.load_state_dict(checkpoint["model"])
+        summary_row(path, checkpoint, 0.0, 0.0)  # everything else that is asked of it is there
     except Exception as error:  # torch.load meets a foreign file with many kinds of errors
         raise ValueError(f"{path} is not a checkpoint that train.py wrote whole") from error
-    return checkpoint
-
-
-def rebuild(checkpoint: dict, device: torch.device, precision: str) -> nn.Module:
-    """The whole trained model in eval mode, from its checkpoint alone.
-
-    Cut in two as in training and joined again: a folded prefix rounds bf16 differently from a
-    plain model, and so both score the same to the last image.
-    """
-    model = freeze.build(len(checkpoint["classes"]))
-    model.load_state_dict(checkpoint["model"])
-    prefix, tail = freeze.split(model, checkpoint["stages"])
-    return nn.Sequential(prefix.to(PRECISIONS[precision]), tail).to(device).eval()
+    return checkpoint, model
 
 
 def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
@@ -135,24 +124,12 @@ def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable])
 
 
 def summary_row(path: str, checkpoint: dict, loss: float, accuracy: float) -> dict:
-    """A checkpoint's row of summary.csv."""
+    """A checkpoint's row of summary.csv; seconds, device and precision are those of its training."""
     arguments, history = checkpoint["arguments"], checkpoint["history"]
     values = (Path(path).resolve().parent.name, arguments["dataset"], "+".join(checkpoint["stages"]), len(history),
               arguments["seed"], history[-1]["train_loss"], loss, accuracy, checkpoint["trainable_parameters"],
               checkpoint["seconds"], checkpoint["device"], checkpoint["precision"], checkpoint["versions"]["torch"])
     return dict(zip(SUMMARY, values, strict=True))
-
-
-@functools.lru_cache(maxsize=1)  # many checkpoints share one test set
-def load_test(name: str, data_dir: str, image_size: int, classes: tuple[str, ...]) -> data.Images:
-    return data.load(name, "test", data_dir, image_size, classes)
-
-
-def print_summary(row: dict, images: int, first: bool) -> None:
-    if first:
-        print(f"{images:,} test images, scored with the whole model\n"
-              f"{'train loss':>10} {'test loss':>10} {'accuracy':>10}  run")
-    print(f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%}  {row['run']}", flush=True)
 
 
 def report_classes(file: Path, logits: torch.Tensor, images: data.Images) -> None:
@@ -186,34 +163,42 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.image and (args.csv or args.per_class):
         parser.error("--image names pictures, --csv and --per-class score the test set: one at a time")
+    load = functools.lru_cache(maxsize=1)(data.load)  # many checkpoints share one test set
+    rows, path = [], ""
     try:
-        checkpoints = [read_checkpoint(path) for path in args.checkpoints]
         pictures = [data.read_image(file) for file in args.image or []]
-        rows = []
-        for path, checkpoint in zip(args.checkpoints, checkpoints):
-            arguments, classes = checkpoint["arguments"], tuple(checkpoint["classes"])
+        for path in args.checkpoints:
+            checkpoint, model = read_checkpoint(path)
+            arguments, classes, size = checkpoint["arguments"], tuple(checkpoint["classes"]), checkpoint["arguments"]["image_size"]
             device = pick_device(args.device or arguments["device"])
             precision = pick_precision(args.precision or arguments["precision"], device)
-            model, size = rebuild(checkpoint, device, precision), arguments["image_size"]
+            model.to(device)
             if args.image:
                 pixels = torch.from_numpy(np.stack([picture.resize((size, size), data.BILINEAR) for picture in pictures]))
-                logits = predict(model, pixel_batches(pixels, size, device, precision), device, precision)
-                print_top_five(path, args.image, logits, classes)
+                print_top_five(path, args.image, whole_model_logits(model, pixels, size, device, precision), classes)
                 continue
-            images = load_test(arguments["dataset"], args.data_dir or arguments["data_dir"], size, classes)
-            logits = predict(model, pixel_batches(images.pixels, size, device, precision), device, precision).cpu()
-            rows.append(summary_row(path, checkpoint, *score(logits, images.labels)))
-            print_summary(rows[-1], len(images.labels), first=len(rows) == 1)
+            images = load(arguments["dataset"], "test", args.data_dir or arguments["data_dir"], size, classes)
+            logits = whole_model_logits(model, images.pixels, size, device, precision)
+            row = summary_row(path, checkpoint, *score(logits, images.labels))
+            if not rows:
+                print("train loss  test loss   accuracy  images  run")
+            print(f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%} {len(logits):7,}  "
+                  + row["run"], flush=True)
+            rows.append(row)
             if args.per_class:
                 report_classes(Path(path).with_name("confusion.csv"), logits, images)
         if args.csv:
+            path = f"--csv {args.csv}"
             write_csv(args.csv, SUMMARY, [row.values() for row in rows])
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        data.progress()
+        parser.error(str(error) if path in str(error) else f"{path}: {error}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        data.progress()
+        print("evaluate.py: stopped; the table is written when all is scored, not before", file=sys.stderr)
         sys.exit(130)

@@ -26,8 +26,7 @@ ROOM = 2 * 2**30  # bytes left free for training beside the cache
 
 
 class Features:
-    """The inputs of the tail for one split: `dtype` [B, C, H, W] in channels_last memory, or
-    [B, 512] when only fc learns.
+    """The inputs of the tail for one split: `dtype` [B, C, H, W] in channels_last memory.
 
     prefix: the frozen stages, any module; pixels: uint8 [N, H, W, 3]; mirrored: whether both
     flips will be asked for (training) or only the image itself (test).
@@ -37,10 +36,9 @@ class Features:
                  dtype: torch.dtype, mirrored: bool):
         self.prefix = prefix.to(device, dtype, memory_format=torch.channels_last)
         self.pixels, self.image_size, self.device, self.dtype = pixels, image_size, device, dtype
-        self.variants = 2 if mirrored else 1
         self.store = None
-        one = self._channels_last_rows(self.compute(torch.tensor([0])))
-        self.shape = (self.variants * len(pixels), *one.shape[1:])
+        one = self.compute(torch.tensor([0])).permute(0, 2, 3, 1)
+        self.shape = (2 * len(pixels) if mirrored else len(pixels), *one.shape[1:])
         self.bytes = one.nbytes * self.shape[0]
 
     def __len__(self) -> int:
@@ -51,8 +49,7 @@ class Features:
         if self.store is None:
             return self.compute(indices, flips)
         rows = indices if flips is None else indices + len(self) * flips
-        rows = self.store.index_select(0, rows.to(self.store.device)).to(self.device)
-        return rows.permute(0, 3, 1, 2) if rows.dim() == 4 else rows
+        return self.store.index_select(0, rows.to(self.store.device)).to(self.device).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def compute(self, indices: torch.Tensor, flips: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,23 +67,18 @@ class Features:
         for first in range(0, len(store), CHUNK):
             rows = torch.arange(first, min(first + CHUNK, len(store)))
             features = self.compute(rows % len(self), rows >= len(self))
-            store[first:first + CHUNK] = self._channels_last_rows(features)
+            store[first:first + CHUNK] = features.permute(0, 2, 3, 1)
             done = first + len(rows)
             progress(f"filling the cache: {done:,} of {len(store):,} images, "
                      f"{done / (time.monotonic() - start):,.0f} a second")
         progress()
         self.store = store
 
-    @staticmethod
-    def _channels_last_rows(features: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] as [B, H, W, C], so that looking up a row copies one run of memory."""
-        return features.permute(0, 2, 3, 1) if features.dim() == 4 else features
-
 
 def choose_place(wanted: str, features: Sequence[Features], device: torch.device) -> tuple[str, str]:
     """Where to keep these features, and the reason in words. Allocates nothing.
 
-    "auto" takes the device where they fit beside ROOM for training, then the host's memory,
+    "auto" takes a CUDA device where they fit beside ROOM for training, then the host's memory,
     then "off". Raises ValueError when a place that was asked for cannot hold them.
     """
     need = sum(feature.bytes for feature in features)
@@ -95,11 +87,12 @@ def choose_place(wanted: str, features: Sequence[Features], device: torch.device
         return "off", f"off as asked, {text} recomputed in every epoch"
     if wanted == "auto" and not len(features[0].prefix):
         return "off", "off, no stage before the first that learns"
-    free = {place: free_memory(place, device) for place in ("device", "host")}
-    for place in free if wanted == "auto" else [wanted]:
+    places = [wanted] if wanted != "auto" else ["device", "host"] if device.type == "cuda" else ["host"]
+    free = {place: free_memory(place, device) for place in places}
+    for place in places:
         if need + ROOM <= free[place]:
             return place, f"{text} in {place} memory, {free[place] / 1e9:.1f} GB were free"
-    found = ", ".join(f"{bytes / 1e9:.1f} GB free in {place} memory" for place, bytes in free.items())
+    found = ", ".join(f"{free[place] / 1e9:.1f} GB free in {place} memory" for place in places)
     shortage = f"{text} and {ROOM / 1e9:.1f} GB for training do not fit ({found})"
     if wanted != "auto":
         raise ValueError(f"--cache {wanted}: {shortage}; try --cache off, --train-size or a smaller --image-size")

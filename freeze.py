@@ -16,7 +16,7 @@ Imports torch and torchvision only, nothing of this repository: copy it into you
 import copy
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -49,10 +49,9 @@ def load_weights(weights: str) -> dict[str, torch.Tensor] | None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         resnet18(num_classes=len(state["fc.bias"])).load_state_dict(state)
-    except RuntimeError as error:  # torch lists what differs, one item a line
-        raise ValueError(f"{file} is not a state_dict of torchvision's resnet18: {' '.join(str(error).split())}") from error
-    except Exception as error:  # torch.load meets a foreign file with many kinds of errors
-        raise ValueError(f"{file} is not a state_dict that torch.load(weights_only=True) reads") from error
+    except Exception as error:  # torch meets a foreign file with many kinds of errors, some of pages
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{file} holds no state_dict of torchvision's resnet18 ({reason[:160]})") from error
     return state
 
 
@@ -61,7 +60,7 @@ def _imagenet_file() -> Path:
     url = ResNet18_Weights.IMAGENET1K_V1.url
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     expected = file.stem.rsplit("-", 1)[1]  # resnet18-f37072fd.pth: the beginning of its sha256
-    by_hand = f"put {file.name} from {url} into {file.parent}, or name a file with --weights PATH"
+    by_hand = f"put {file.name} from {url} into {file.parent}, or use --weights PATH or --weights none"
     if not file.exists():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -92,13 +91,13 @@ def stages(model: ResNet) -> dict[str, nn.Module]:
     return {"stem": stem} | {name: getattr(model, name) for name in STAGES[1:]}
 
 
-def freeze(model: ResNet, unfrozen: Iterable[str]) -> None:
+def freeze(model: ResNet, unfrozen: Collection[str]) -> None:
     """Let the unfrozen stages learn, and no others; goes with train_mode, its other half."""
     for name, stage in stages(model).items():
         stage.requires_grad_(name in unfrozen)
 
 
-def train_mode(model: ResNet, unfrozen: Iterable[str]) -> None:
+def train_mode(model: ResNet, unfrozen: Collection[str]) -> None:
     """What model.train() should be when something is frozen: frozen stages stay in eval mode,
     so their BatchNorm uses, and keeps, the pretrained statistics."""
     model.eval()
@@ -106,24 +105,24 @@ def train_mode(model: ResNet, unfrozen: Iterable[str]) -> None:
         stage.train(name in unfrozen)
 
 
-def param_groups(model: ResNet, unfrozen: Iterable[str], learning_rates: dict[str, float] = LEARNING_RATES) -> list[dict]:
+def param_groups(model: ResNet, unfrozen: Collection[str], learning_rates: dict[str, float] = LEARNING_RATES) -> list[dict]:
     """One optimizer group per unfrozen stage, with its name and learning rate, fc first."""
     return [{"name": name, "params": list(stage.parameters()), "lr": learning_rates[name]}
             for name, stage in reversed(stages(model).items()) if name in unfrozen]
 
 
-def split(model: ResNet, unfrozen: Iterable[str]) -> tuple[nn.Module, nn.Module]:
+def split(model: ResNet, unfrozen: Collection[str]) -> tuple[nn.Module, nn.Module]:
     """Cut the model before its first unfrozen stage: model(x) == tail(prefix(x)) in eval mode.
 
     The tail shares its modules with the model: training it trains the model. The prefix is a
     frozen copy with every BatchNorm folded into its convolution, for speed.
     """
-    blocks = stages(model)
-    blocks["fc"] = nn.Sequential(model.avgpool, nn.Flatten(), model.fc)
+    blocks = list(stages(model).values())
+    blocks[-1:] = [model.avgpool, nn.Flatten(), model.fc]
     cut = min(STAGES.index(name) for name in unfrozen)
-    prefix, tail = list(blocks.values())[:cut], list(blocks.values())[cut:]
-    if not tail[1:]:  # fc alone learns: its 512 inputs per image are what can be kept
-        prefix, tail = prefix + [model.avgpool, nn.Flatten()], [model.fc]
+    prefix, tail = blocks[:cut], blocks[cut:]
+    if STAGES[cut] == "fc":  # 512 numbers an image are what is to be kept; averaging them again changes nothing
+        prefix.append(model.avgpool)
     return fold_batchnorm(nn.Sequential(*prefix)), nn.Sequential(*tail)
 
 
@@ -131,8 +130,7 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     """A copy in eval mode without gradients, each BatchNorm folded into the convolution before it.
 
     A BatchNorm in eval mode is one multiplication and one addition per channel, which the
-    convolution's weight and bias can absorb (torch.nn.utils.fusion). Exact up to rounding; 15%
-    faster on a CPU in bf16.
+    convolution's weight and bias can absorb (torch.nn.utils.fusion). Exact up to rounding.
     """
     module = copy.deepcopy(module).eval().requires_grad_(False)
     for parent in list(module.modules()):

@@ -29,9 +29,10 @@ done
 out=${out:-results${preset:+/demo}}
 
 . "$(dirname "$0")/setup.sh" torch torchvision
+[ "${WITH_FC:-0}" = 0 ] || with_fc=yes
 for seed in ${SEEDS:-0}; do
     for epochs in 10 50; do
-        for stages in ${WITH_FC:+""} layer4 "layer3 layer4"; do
+        for stages in ${with_fc:+""} layer4 "layer3 layer4"; do
             # shellcheck disable=SC2086  # the stages are separate words
             "$python" "$here/train.py" --unfreeze $stages --epochs "$epochs" --seed "$seed" --out "$out" \
                 ${preset[@]+"${preset[@]}"} ${extra[@]+"${extra[@]}"}

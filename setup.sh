@@ -12,8 +12,8 @@ done
 if [ -z "$python" ]; then
     python="$here/.venv/bin/python"
     echo "No Python here can import $*: installing requirements.txt into $here/.venv (once, some minutes, 5 GB)"
-    { python3 -m venv "$here/.venv" && "$python" -m pip install --quiet -r "$here/requirements.txt"; } || {
-        echo "setup failed: see above; a Python with $* in its path is all that is needed" >&2
+    { python3 -m venv --clear "$here/.venv" && "$python" -m pip install --quiet -r "$here/requirements.txt"; } || {
+        echo "setup failed: see above. What is needed is a Python, 3.10 or newer, that can import $*" >&2
         exit 1
     }
 fi

@@ -12,11 +12,13 @@ Each run leaves history.csv and checkpoint.pt in a folder of its own under --out
 """
 
 import argparse
+import contextlib
 import math
 import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,78 +41,63 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add = parser.add_argument
     add("--unfreeze", nargs="*", default=[], choices=freeze.STAGES, metavar="STAGE",
         help=f"stages that learn beside fc: {' '.join(freeze.STAGES[:-1])} (default: none)")
-    add("--lr", nargs="+", default=[], metavar="STAGE=RATE", help="learning rates other than the default ones: "
-        + " ".join(f"{stage}={rate:g}" for stage, rate in freeze.LEARNING_RATES.items()))
-    add("--epochs", type=at_least(1), default=10)
-    add("--batch-size", type=at_least(1), default=128)
-    add("--image-size", type=at_least(32), default=224, help="side of the square the network sees (default: 224)")
-    add("--dataset", choices=data.DATASETS, default="cifar10")
-    add("--data-dir", default="data", help="where the data set is, or is downloaded to (default: data)")
+    add("--lr", type=stage_rate, nargs="+", default=[], metavar="STAGE=RATE",
+        help="learning rates other than the default ones: " + " ".join(f"{stage}={rate:g}" for stage, rate in freeze.LEARNING_RATES.items()))
+    add("--epochs", type=whole_number(1), default=10, help="default: 10")
+    add("--batch-size", type=whole_number(1), default=128, help="default: 128")
+    add("--image-size", type=whole_number(32, 4096), default=224,
+        help="side of the square the network sees (default: 224)")
+    add("--dataset", choices=data.DATASETS, default="cifar10", help="default: cifar10")
+    add("--data-dir", type=lambda path: Path(path).resolve(), default="data",
+        help="where the data set is, or is downloaded to (default: data)")
     add("--weights", default="imagenet", help="imagenet (default), none, or the path of a state_dict")
-    add("--train-size", type=at_least(1), help="train on this many images, an equal share of every class")
-    add("--seed", type=at_least(0), default=0, help="of fc's initialization, the subset, the order and the flips")
-    add("--device", choices=DEVICES, default="auto")
-    add("--precision", choices=["auto", *PRECISIONS], default="auto")
-    add("--cache", choices=PLACES, default="auto", help="where the frozen prefix's outputs are kept")
+    add("--train-size", type=whole_number(1), help="train on this many images, the same share of every class")
+    add("--seed", type=whole_number(0), default=0, help="of fc's initialization, the subset, the order and the flips")
+    add("--device", choices=DEVICES, default="auto", help="auto (default): CUDA, then MPS, then the CPU")
+    add("--precision", choices=["auto", *PRECISIONS], default="auto",
+        help="auto (default): the lowest that the device is fast at")
+    add("--cache", choices=PLACES, default="auto",
+        help="where the frozen prefix's outputs are kept; auto (default): where they fit")
     add("--out", type=Path, default=Path("results"), help="the runs' folder (default: results)")
     return parser, parser.parse_args(argv)
 
 
-def at_least(minimum: int):
-    def whole_number(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum}, not {text!r}")
+def whole_number(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
+    def parse_number(text: str) -> int:
+        if not text.isdecimal() or not minimum <= int(text) <= maximum:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} to {maximum}, not {text!r}")
         return int(text)
-    return whole_number
+    return parse_number
 
 
-def learning_rates(overrides: list[str], unfrozen: list[str]) -> dict[str, float]:
-    """The default rate of every stage, with STAGE=RATE overrides. Raises ValueError."""
-    rates = dict(freeze.LEARNING_RATES)
-    for override in overrides:
-        stage, _, text = override.partition("=")
-        if stage not in unfrozen:
-            raise ValueError(f"--lr {override}: {stage!r} is no stage that learns here ({' '.join(unfrozen)})")
-        try:
-            rates[stage] = float(text)
-        except ValueError:
-            raise ValueError(f"--lr {override}: {text!r} is not a number") from None
-        if not 0 < rates[stage] < math.inf:
-            raise ValueError(f"--lr {override}: a learning rate is above 0 and finite")
-    return rates
+def stage_rate(text: str) -> tuple[str, float]:
+    stage, _, rate = text.partition("=")
+    with contextlib.suppress(ValueError):
+        if 0 < float(rate) < math.inf:
+            return stage, float(rate)
+    raise argparse.ArgumentTypeError(f"{text!r} is not STAGE=RATE with a finite rate above 0")
 
 
 def run_name(args: argparse.Namespace, unfrozen: list[str]) -> str:
     """cifar10-layer3+layer4-e50-s0, and whatever else was not left at its default."""
-    backbone = [stage for stage in unfrozen if stage != "fc"] or ["fc"]
-    name = f"{args.dataset}-{'+'.join(backbone)}-e{args.epochs}-s{args.seed}"
+    dataset = args.data_dir.name if args.dataset == "folder" else args.dataset
+    name = f"{dataset}-{'+'.join(unfrozen[:-1]) or 'fc'}-e{args.epochs}-s{args.seed}"
     name += f"-n{args.train_size}" if args.train_size else ""
     name += f"-b{args.batch_size}" if args.batch_size != 128 else ""
     name += f"-px{args.image_size}" if args.image_size != 224 else ""
     name += f"-{Path(args.weights).stem}" if args.weights != "imagenet" else ""
-    return name + "".join(f"-{override}" for override in sorted(args.lr))
-
-
-def print_stages(model, unfrozen: list[str], rates: dict[str, float]) -> None:
-    print(f"{'stage':<8} {'parameters':>12}")
-    for name, stage in freeze.stages(model).items():
-        count = sum(parameter.numel() for parameter in stage.parameters())
-        print(f"{name:<8} {count:>12,}  " + (f"learns at {rates[name]:g}" if name in unfrozen else "frozen"))
-
-
-def save(directory: Path, model: torch.nn.Module, history: list[dict], about: dict) -> None:
-    """Both files of a run as of its last epoch; `about` is plain values, readable with weights_only."""
-    with data.whole_file(directory / "checkpoint.pt") as part:
-        torch.save({"model": model.state_dict(), "history": history} | about, part)
-    write_csv(directory / "history.csv", HISTORY, [row.values() for row in history])
+    name += f"-{args.precision}" if args.precision != "auto" else ""
+    return name + "".join(f"-{stage}={rate:g}" for stage, rate in sorted(args.lr))
 
 
 def main(argv: list[str] | None = None) -> None:
     began = time.monotonic()
     parser, args = parse(argv)
     unfrozen = [stage for stage in freeze.STAGES if stage in [*args.unfreeze, "fc"]]
+    rates = freeze.LEARNING_RATES | dict(args.lr)
     try:
-        rates = learning_rates(args.lr, unfrozen)
+        if frozen := {stage for stage, _ in args.lr} - set(unfrozen):
+            raise ValueError(f"--lr {frozen.pop()}=...: not a stage that learns here ({' '.join(unfrozen)})")
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device)
         weights = freeze.load_weights(args.weights)
@@ -135,11 +122,15 @@ def main(argv: list[str] | None = None) -> None:
             tempfile.TemporaryFile(dir=directory).close()
         except OSError as error:
             raise OSError(f"cannot write to {directory} ({error.strerror}): choose another --out") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
+        data.progress()
         parser.error(str(error))
 
     print(f"{directory}: {len(train.labels):,} train and {len(test.labels):,} test images, {len(train.classes)} classes")
-    print_stages(model, unfrozen, rates)
+    print(f"{'stage':<8} {'parameters':>12}")
+    for name, stage in freeze.stages(model).items():
+        count = sum(parameter.numel() for parameter in stage.parameters())
+        print(f"{name:<8} {count:>12,}  " + (f"learns at {rates[name]:g}" if name in unfrozen else "frozen"))
     no_cuda = ", no CUDA device found" if args.device == "auto" and device.type != "cuda" else ""
     print(f"device   {device_name(device)}, {precision}{no_cuda}")
     print(f"cache    {reason}", flush=True)
@@ -156,9 +147,10 @@ def main(argv: list[str] | None = None) -> None:
     labels, test_labels = train.labels.to(device), test.labels.to(device)
     test_batches = torch.arange(len(test_inputs)).split(128)
     history = []
-    about = {
+    about = {  # plain values, so that the checkpoint can be read with weights_only=True
         "architecture": "resnet18", "classes": list(train.classes), "stages": unfrozen,
-        "arguments": vars(args) | {"out": str(args.out)}, "learning_rates": rates,
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "learning_rates": rates,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "device": device_name(device), "precision": precision,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
@@ -188,7 +180,9 @@ def main(argv: list[str] | None = None) -> None:
         test_loss, test_accuracy = score(logits, test_labels)
         values = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, time.monotonic() - start)
         history.append(dict(zip(HISTORY, values, strict=True)))
-        save(directory, model, history, about | {"seconds": time.monotonic() - began})
+        with data.whole_file(directory / "checkpoint.pt") as part:
+            torch.save(about | {"model": model.state_dict(), "history": history, "seconds": time.monotonic() - began}, part)
+        write_csv(directory / "history.csv", HISTORY, [row.values() for row in history])
         data.progress()
         print(f"{epoch:4}/{args.epochs:<4} {train_loss:11.4f} {train_accuracy:9.2%} {test_loss:11.4f} "
               f"{test_accuracy:9.2%} {values[-1]:9.1f}", flush=True)

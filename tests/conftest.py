@@ -24,11 +24,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
 
 
-@pytest.fixture(autouse=True)
-def fewer_test_pictures(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def fewer_test_pictures():
+    """60 drawn test pictures, not 500."""
     synthetic = data.synthetic
-    monkeypatch.setattr(data, "synthetic", lambda split: data.stratified_subset(synthetic(split), 60, 0)
-                        if split == "test" else synthetic(split))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "synthetic", lambda split: data.stratified_subset(synthetic(split), 60, 0)
+                      if split == "test" else synthetic(split))
+        yield
 
 
 @pytest.fixture

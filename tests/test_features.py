@@ -1,5 +1,6 @@
 """Where the prefix's outputs are kept, and that looking one up is computing it."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +33,7 @@ def test_a_lookup_gives_what_computing_gives(images, unfrozen, dtype):
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
     for found, expected in zip((inputs(indices, flips), inputs(indices)), computed):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    assert found.dim() == 2 or found.is_contiguous(memory_format=torch.channels_last)
+    assert found.is_contiguous(memory_format=torch.channels_last)
     assert not torch.equal(inputs(indices[:1], flips[:1]), inputs(indices[:1], ~flips[:1]))
 
 
@@ -66,8 +67,14 @@ def test_where_the_cache_goes(monkeypatch, device, host, wanted, place):
 @pytest.mark.parametrize("wanted", ["device", "host"])
 def test_a_place_that_was_asked_for_and_is_too_small(monkeypatch, wanted):
     monkeypatch.setattr(features, "free_memory", lambda *_: 3 * GB)
-    with pytest.raises(ValueError, match=f"--cache {wanted}: 10.00 GB of features .* 3.0 GB free .*--train-size"):
+    with pytest.raises(ValueError, match=f"--cache {wanted}: 10.00 GB of features .*3.0 GB free in {wanted} memory.*--train-size"):
         choose_place(wanted, [need(10 * GB)], CUDA)
+
+
+@pytest.mark.parametrize("device", [CPU, torch.device("mps")])
+def test_what_has_no_memory_of_its_own_uses_the_host_s(monkeypatch, device):
+    monkeypatch.setattr(features, "free_memory", lambda *_: 80 * GB)
+    assert choose_place("auto", [need(10 * GB)], device)[0] == "host"
 
 
 def test_without_a_prefix_there_is_nothing_to_keep(monkeypatch):
@@ -76,8 +83,7 @@ def test_without_a_prefix_there_is_nothing_to_keep(monkeypatch):
 
 
 def test_free_memory_is_within_the_machine_s():
-    assert ROOM / 4 < features.free_memory("host", CPU) < 2**50
-    assert features.free_memory("device", CPU) == pytest.approx(features.free_memory("host", CPU), rel=0.2)
+    assert 2**20 < features.free_memory("host", CPU) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_container_s_limit_counts(monkeypatch, tmp_path):

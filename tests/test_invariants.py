@@ -56,9 +56,7 @@ def test_the_usual_mistake_is_caught(right):
 
 @pytest.mark.parametrize("unfreeze", STRATEGIES)
 def test_the_same_losses_with_and_without_the_cache(run, float64, unfreeze):
-    cached, host, recomputed = (history(run("--unfreeze", *unfreeze, "--cache", place), *LOSSES)
-                                for place in ("device", "host", "off"))
-    assert cached == host
+    cached, recomputed = (history(run("--unfreeze", *unfreeze, "--cache", place), *LOSSES) for place in ("host", "off"))
     torch.testing.assert_close(cached, recomputed, rtol=1e-6, atol=0)
 
 
@@ -169,7 +167,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert file.read_text() == "new" and os.listdir(tmp_path) == ["history.csv"]
 
 
-def test_a_run_stopped_between_its_files_keeps_both_of_the_epoch_before(run, monkeypatch, tmp_path):
+def test_a_run_stopped_while_it_saves_keeps_both_files_of_the_epoch_before(run, monkeypatch, tmp_path):
     folder = run("--unfreeze", "layer4", "--epochs", "1")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert before.keys() == {"history.csv", "checkpoint.pt"}

@@ -1,0 +1,37 @@
+"""What only a CUDA device can show: pytest -m cuda. Written on machines without one, skipped there."""
+
+import pytest
+import torch
+from conftest import checkpoint, history
+
+import data
+import evaluate
+
+pytestmark = pytest.mark.cuda
+LOSSES = ("train_loss", "test_loss")
+
+
+def test_the_transform_is_the_cpu_s():
+    pixels = data.synthetic("test").pixels
+    flips = torch.arange(len(pixels)) % 2 == 0
+    on_device = data.transform(pixels.cuda(), 224, flips=flips.cuda()).cpu()
+    torch.testing.assert_close(on_device, data.transform(pixels, 224, flips=flips), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("unfreeze", [["layer4"], []])
+def test_every_place_of_the_cache_gives_the_same_losses(run, unfreeze):
+    device, host, off = (history(run("--device", "cuda", "--unfreeze", *unfreeze, "--cache", place), *LOSSES)
+                         for place in ("device", "host", "off"))
+    torch.testing.assert_close(device, host, rtol=1e-2, atol=0)
+    torch.testing.assert_close(device, off, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_device_learns_what_the_cpu_learns_and_evaluation_agrees(run, precision, tmp_path):
+    flags = ["--unfreeze", "layer4", "--precision", precision]
+    cpu, cuda = run("--device", "cpu", *flags), run("--device", "cuda", *flags)
+    torch.testing.assert_close(history(cpu, *LOSSES), history(cuda, *LOSSES), rtol=5e-2, atol=0)
+    evaluate.main([str(cuda / "checkpoint.pt"), "--csv", str(tmp_path / "summary.csv")])
+    accuracy = float((tmp_path / "summary.csv").read_text().splitlines()[1].split(",")[7])
+    assert abs(accuracy - history(cuda, "test_accuracy")[-1][0]) * 60 < 1.5
+    assert checkpoint(cuda)["device"] == torch.cuda.get_device_name()
