@@ -69,8 +69,9 @@ class Features:
             features = self.compute(rows % len(self), rows >= len(self))
             store[first:first + CHUNK] = features.permute(0, 2, 3, 1)
             done = first + len(rows)
-            progress(f"filling the cache: {done:,} of {len(store):,} images, "
-                     f"{done / (time.monotonic() - start):,.0f} a second")
+            rate = done / (time.monotonic() - start)
+            progress(f"filling the cache: {done:,} of {len(store):,} images, {rate:,.0f} a second, "
+                     f"{(len(store) - done) / rate / 60:.0f} minutes left")
         progress()
         self.store = store
 

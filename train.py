@@ -176,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             correct += (logits.detach().argmax(1) == y).sum()
             data.progress(f"epoch {epoch}: {step * args.batch_size:,} of {len(inputs):,} images")
         train_loss, train_accuracy = loss_sum.item() / len(inputs), correct.item() / len(inputs)
+        data.progress(f"epoch {epoch}: testing")
         logits = predict(tail, (test_inputs(batch) for batch in test_batches), device, precision)
         test_loss, test_accuracy = score(logits, test_labels)
         values = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, time.monotonic() - start)
