@@ -16,7 +16,7 @@ refuse() {
 out= preset=() extra=()
 while [ $# -gt 0 ]; do
     case "$1" in
-        --demo) preset=(--dataset synthetic --weights none --image-size 32 --train-size 150 --batch-size 75) ;;
+        --demo) preset=(--dataset synthetic --weights none --image-size 32 --train-size 100 --batch-size 50) ;;
         --out) out=${2:-}; [ -n "$out" ] || refuse "--out needs a folder"; shift ;;
         --out=*) out=${1#--out=} ;;
         --unfreeze* | --epochs* | --seed*)
