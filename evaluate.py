@@ -1,11 +1,12 @@
-"""Score checkpoints of train.py with the whole model on the whole test set, nothing cached.
+"""Score checkpoints of train.py: the whole model, the whole test set, no cache.
 
     python evaluate.py results/*/checkpoint.pt
     python evaluate.py results/*/checkpoint.pt --csv results/summary.csv
-    python evaluate.py results/cifar10-layer4-e10-s0/checkpoint.pt --per-class
-    python evaluate.py results/cifar10-layer4-e10-s0/checkpoint.pt --image cat.jpg dog.png
+    python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --per-class
+    python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --image cat.jpg dog.png
 
---per-class also writes the confusion matrix to confusion.csv beside the checkpoint.
+--per-class also writes the confusion matrix, to confusion.csv beside the
+checkpoint.
 """
 
 import argparse
@@ -138,7 +139,7 @@ def report_classes(file: Path, logits: torch.Tensor, images: data.Images) -> Non
     pairs = images.labels * count + logits.argmax(1)
     confusion = torch.bincount(pairs, minlength=count**2).view(count, count)
     for name, row, correct in zip(images.classes, confusion, confusion.diag()):
-        print(f"{'':21} {correct / row.sum():10.2%}    {name}, {correct:,} of {row.sum():,}")
+        print(f"{'':21} {correct / row.sum().clamp(min=1):10.2%}    {name}, {correct:,} of {row.sum():,}")
     write_csv(file, ["true class", *images.classes], [[n, *r.tolist()] for n, r in zip(images.classes, confusion)])
     print(f"{'':34}confusion matrix: {file}")
 
@@ -156,24 +157,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint.pt files of train.py")
     parser.add_argument("--csv", metavar="FILE", help="write a row per checkpoint to this file")
     parser.add_argument("--per-class", action="store_true", help="accuracy per class, and confusion.csv")
-    parser.add_argument("--image", nargs="+", metavar="PICTURE", help="name these pictures instead of scoring")
+    parser.add_argument("--image", nargs="+", metavar="PICTURE", 
+                        help="after the checkpoints: the top five classes of these pictures, no scoring")
     parser.add_argument("--data-dir", help="where the data set is now (default: where it was)")
     parser.add_argument("--device", choices=DEVICES, help="default: as in training")
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], help="default: as in training")
     args = parser.parse_args(argv)
     if args.image and (args.csv or args.per_class):
         parser.error("--image names pictures, --csv and --per-class score the test set: one at a time")
+    if args.csv and Path(args.csv).is_dir():
+        parser.error(f"--csv {args.csv} is a folder: name a file")
     load = functools.lru_cache(maxsize=1)(data.load)  # many checkpoints share one test set
-    rows, path = [], ""
+    rows, failed = [], False
     try:
         pictures = [data.read_image(file) for file in args.image or []]
-        for path in args.checkpoints:
+    except OSError as error:
+        parser.error(str(error))
+    for path in args.checkpoints:
+        try:
             checkpoint, model = read_checkpoint(path)
-            arguments, classes, size = checkpoint["arguments"], tuple(checkpoint["classes"]), checkpoint["arguments"]["image_size"]
+            arguments, classes = checkpoint["arguments"], tuple(checkpoint["classes"])
+            size = arguments["image_size"]
             device = pick_device(args.device or arguments["device"])
             precision = pick_precision(args.precision or arguments["precision"], device)
             model.to(device)
-            if args.image:
+            if pictures:
                 pixels = torch.from_numpy(np.stack([picture.resize((size, size), data.BILINEAR) for picture in pictures]))
                 print_top_five(path, args.image, whole_model_logits(model, pixels, size, device, precision), classes)
                 continue
@@ -187,12 +195,17 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(row)
             if args.per_class:
                 report_classes(Path(path).with_name("confusion.csv"), logits, images)
-        if args.csv:
-            path = f"--csv {args.csv}"
+        except (OSError, ValueError) as error:  # said, and the others scored all the same
+            data.progress()
+            print(f"evaluate.py: error: {error if path in str(error) else f'{path}: {error}'}", file=sys.stderr)
+            failed = True
+    if args.csv and rows:
+        try:
             write_csv(args.csv, SUMMARY, [row.values() for row in rows])
-    except (OSError, ValueError) as error:
-        data.progress()
-        parser.error(str(error) if path in str(error) else f"{path}: {error}")
+        except OSError as error:
+            parser.error(f"cannot write --csv {args.csv}: {error.strerror}")
+    if failed:
+        sys.exit(2)
 
 
 if __name__ == "__main__":

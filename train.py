@@ -1,14 +1,15 @@
-"""Fine-tune an ImageNet ResNet18: the unfrozen stages learn, the frozen prefix is computed once.
+"""Fine-tune an ImageNet ResNet18; what is frozen is computed once.
 
-    python train.py --unfreeze layer4 --epochs 10            # fc and layer4 learn
-    python train.py --unfreeze layer3 layer4 --epochs 50     # fc, layer4 and layer3
-    python train.py --epochs 10                              # fc alone
+    python train.py --unfreeze layer4 --epochs 10         # layer4 and fc learn
+    python train.py --unfreeze layer3 layer4 --epochs 50  # layer3, layer4 and fc
+    python train.py --epochs 10                           # fc alone
     python train.py --unfreeze layer4 --lr layer4=3e-4 fc=3e-3
-    python train.py --unfreeze layer4 --dataset folder --data-dir my-pictures
-    python train.py --unfreeze layer4 --dataset synthetic --weights none --image-size 64
+    python train.py --unfreeze layer4 --dataset folder --data-dir pictures
+    python train.py --dataset synthetic --weights none --image-size 64
 
-The defaults are the published experiment: CIFAR-10 at 224x224, Adam, constant learning rates.
-Each run leaves history.csv and checkpoint.pt in a folder of its own under --out.
+The defaults are the published experiment: CIFAR-10 at 224x224, Adam, constant
+learning rates. A run leaves history.csv and checkpoint.pt in a folder of its
+own under --out.
 """
 
 import argparse
@@ -39,9 +40,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--unfreeze", nargs="*", default=[], choices=freeze.STAGES, metavar="STAGE",
+    add("--unfreeze", action="extend", nargs="*", default=[], choices=freeze.STAGES, metavar="STAGE",
         help=f"stages that learn beside fc: {' '.join(freeze.STAGES[:-1])} (default: none)")
-    add("--lr", type=stage_rate, nargs="+", default=[], metavar="STAGE=RATE",
+    add("--lr", action="extend", type=stage_rate, nargs="+", default=[], metavar="STAGE=RATE",
         help="learning rates other than the default ones: " + " ".join(f"{stage}={rate:g}" for stage, rate in freeze.LEARNING_RATES.items()))
     add("--epochs", type=whole_number(1), default=10, help="default: 10")
     add("--batch-size", type=whole_number(1), default=128, help="default: 128")
@@ -75,7 +76,7 @@ def stage_rate(text: str) -> tuple[str, float]:
     with contextlib.suppress(ValueError):
         if 0 < float(rate) < math.inf:
             return stage, float(rate)
-    raise argparse.ArgumentTypeError(f"{text!r} is not STAGE=RATE with a finite rate above 0")
+    raise argparse.ArgumentTypeError(f"{text!r} is not STAGE=RATE with a finite rate above 0, as in fc=0.001")
 
 
 def run_name(args: argparse.Namespace, unfrozen: list[str]) -> str:
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     rates = freeze.LEARNING_RATES | dict(args.lr)
     try:
         if frozen := {stage for stage, _ in args.lr} - set(unfrozen):
-            raise ValueError(f"--lr {frozen.pop()}=...: not a stage that learns here ({' '.join(unfrozen)})")
+            raise ValueError(f"--lr {frozen.pop()}=...: only what learns has a rate, here {' and '.join(unfrozen)}")
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device)
         weights = freeze.load_weights(args.weights)

@@ -120,6 +120,17 @@ def test_the_summary_has_a_row_for_each_checkpoint(finished, tmp_path, capsys):
     assert lines[1].endswith(f"{float(one['test_accuracy']):.2%}      60  {finished.name}")
 
 
+def test_a_checkpoint_that_fails_does_not_cost_the_others_their_rows(finished, tmp_path, capsys):
+    files = [str(tmp_path / "nowhere.pt"), str(finished / "checkpoint.pt")]
+    assert str(tmp_path / "nowhere.pt") in complaint(evaluate.main, [*files, "--csv", tmp_path / "summary.csv"], capsys)
+    assert [row["run"] for row in rows(tmp_path / "summary.csv")] == [finished.name]
+
+
+def test_flags_given_twice_add_up():
+    _, args = train.parse(["--unfreeze", "layer3", "--unfreeze", "layer4", "--lr", "fc=1", "--lr", "layer4=2"])
+    assert args.unfreeze == ["layer3", "layer4"] and args.lr == [("fc", 1), ("layer4", 2)]
+
+
 def test_per_class_accuracies_and_the_confusion_matrix(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     evaluate.main([str(tmp_path / "run/checkpoint.pt"), "--per-class"])
@@ -208,7 +219,7 @@ def complaint(main, flags, capsys) -> str:
     (["--image-size", "3000000"], "--image-size: must be a whole number from 32 to 4096"),
     (["--seed", "-1"], "--seed"),
     (["--seed", "18446744073709551616"], "--seed: must be a whole number from 0 to"),
-    (["--lr", "layer4=1e-3"], r"--lr layer4=...: not a stage that learns here \(fc\)"),
+    (["--lr", "layer4=1e-3"], "--lr layer4=...: only what learns has a rate, here fc"),
     (["--lr", "1e-3"], "--lr: '1e-3' is not STAGE=RATE"),
     (["--lr", "fc=fast"], "--lr: 'fc=fast' is not STAGE=RATE with a finite rate above 0"),
     (["--lr", "fc=0"], "--lr: 'fc=0' is not STAGE=RATE with a finite rate above 0"),
@@ -244,8 +255,8 @@ def test_train_refuses_in_one_line_and_writes_nothing(tmp_path, monkeypatch, cap
     (["good.pt", "--image", "nowhere.jpg"], "cannot read the picture nowhere.jpg"),
     (["good.pt", "--image", __file__], "cannot read the picture .*test_commands.py"),
     (["good.pt", "--image", __file__, "--per-class"], "one at a time"),
-    (["good.pt", "--csv", "/proc/nothing/summary.csv"], "--csv /proc/nothing/summary.csv: "),
-    (["good.pt", "--csv", "."], "--csv .: "),
+    (["good.pt", "--csv", "/proc/nothing/summary.csv"], "cannot write --csv /proc/nothing/summary.csv: No such file"),
+    (["good.pt", "--csv", "."], "--csv . is a folder: name a file"),
     ([], "the following arguments are required: CHECKPOINT"),
 ])
 def test_evaluate_refuses_in_one_line_and_writes_nothing(finished, tmp_path, monkeypatch, capsys, flags, expected):
