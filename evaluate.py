@@ -3,7 +3,7 @@
     python evaluate.py results/*/checkpoint.pt
     python evaluate.py results/*/checkpoint.pt --csv results/summary.csv
     python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --per-class
-    python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --image cat.jpg dog.png
+    python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --image cat.jpg
 
 --per-class also writes the confusion matrix, to confusion.csv beside the
 checkpoint.

@@ -1,7 +1,7 @@
 """Fine-tune an ImageNet ResNet18; what is frozen is computed once.
 
     python train.py --unfreeze layer4 --epochs 10         # layer4 and fc learn
-    python train.py --unfreeze layer3 layer4 --epochs 50  # layer3, layer4 and fc
+    python train.py --unfreeze layer3 layer4 --epochs 50  # layer3, layer4, fc
     python train.py --epochs 10                           # fc alone
     python train.py --unfreeze layer4 --lr layer4=3e-4 fc=3e-3
     python train.py --unfreeze layer4 --dataset folder --data-dir pictures
