@@ -2,6 +2,7 @@
 
     python train.py --unfreeze layer4 --epochs 10         # layer4 and fc learn
     python train.py --unfreeze layer3 layer4 --epochs 50  # layer3, layer4, fc
+    python train.py --unfreeze layer4 --epochs 10 50      # both, in 50 epochs
     python train.py --epochs 10                           # fc alone
     python train.py --unfreeze layer4 --lr layer4=3e-4 fc=3e-3
     python train.py --unfreeze layer4 --dataset folder --data-dir pictures
@@ -32,8 +33,9 @@ import freeze
 from evaluate import (DEVICES, PRECISIONS, autocast, device_name, pick_device, pick_precision, predict, score,
                       write_csv)
 from features import PLACES, Features, choose_place
+from replay import Replayed
 
-HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
+HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "train_seconds", "test_seconds")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -44,7 +46,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         help=f"stages that learn beside fc: {' '.join(freeze.STAGES[:-1])} (default: none)")
     add("--lr", action="extend", type=stage_rate, nargs="+", default=[], metavar="STAGE=RATE",
         help="learning rates other than the default ones: " + " ".join(f"{stage}={rate:g}" for stage, rate in freeze.LEARNING_RATES.items()))
-    add("--epochs", type=whole_number(1), default=10, help="default: 10")
+    add("--epochs", type=whole_number(1), nargs="+", default=[10],
+        help="default: 10; of several, each leaves the run that it alone would have left")
     add("--batch-size", type=whole_number(1), default=128, help="default: 128")
     add("--image-size", type=whole_number(32, 4096), default=224,
         help="side of the square the network sees (default: 224)")
@@ -58,7 +61,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add("--precision", choices=["auto", *PRECISIONS], default="auto",
         help="auto (default): the lowest that the device is fast at")
     add("--cache", choices=PLACES, default="auto",
-        help="where the frozen prefix's outputs are kept; auto (default): where they fit")
+        help="where the frozen prefix's outputs are kept; auto (default): where they fit in memory; "
+             "disk: in a file under --out, which later runs use too")
     add("--out", type=Path, default=Path("results"), help="the runs' folder (default: results)")
     return parser, parser.parse_args(argv)
 
@@ -79,10 +83,10 @@ def stage_rate(text: str) -> tuple[str, float]:
     raise argparse.ArgumentTypeError(f"{text!r} is not STAGE=RATE with a finite rate above 0, as in fc=0.001")
 
 
-def run_name(args: argparse.Namespace, unfrozen: list[str]) -> str:
+def run_name(args: argparse.Namespace, unfrozen: list[str], epochs: int) -> str:
     """cifar10-layer3+layer4-e50-s0, and whatever else was not left at its default."""
     dataset = args.data_dir.name if args.dataset == "folder" else args.dataset
-    name = f"{dataset}-{'+'.join(unfrozen[:-1]) or 'fc'}-e{args.epochs}-s{args.seed}"
+    name = f"{dataset}-{'+'.join(unfrozen[:-1]) or 'fc'}-e{epochs}-s{args.seed}"
     name += f"-n{args.train_size}" if args.train_size else ""
     name += f"-b{args.batch_size}" if args.batch_size != 128 else ""
     name += f"-px{args.image_size}" if args.image_size != 224 else ""
@@ -116,18 +120,21 @@ def main(argv: list[str] | None = None) -> None:
         dtype = PRECISIONS[precision]
         inputs = Features(prefix, train.pixels, args.image_size, device, dtype, mirrored=True)
         test_inputs = Features(prefix, test.pixels, args.image_size, device, dtype, mirrored=False)
-        place, reason = choose_place(args.cache, [inputs, test_inputs], device)
-        directory = args.out / run_name(args, unfrozen)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=directory).close()
-        except OSError as error:
-            raise OSError(f"cannot write to {directory} ({error.strerror}): choose another --out") from error
+        cache = args.out / "features"
+        place, reason = choose_place(args.cache, [inputs, test_inputs], device, cache)
+        directories = {epochs: args.out / run_name(args, unfrozen, epochs) for epochs in sorted(set(args.epochs))}
+        for directory in directories.values():
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=directory).close()
+            except OSError as error:
+                raise OSError(f"cannot write to {directory} ({error.strerror}): choose another --out") from error
     except (OSError, ValueError, MemoryError) as error:
         data.progress()
         parser.error(str(error))
 
-    print(f"{directory}: {len(train.labels):,} train and {len(test.labels):,} test images, {len(train.classes)} classes")
+    print(*directories.values(), sep="\n")
+    print(f"data     {len(train.labels):,} train and {len(test.labels):,} test images, {len(train.classes)} classes")
     print(f"{'stage':<8} {'parameters':>12}")
     for name, stage in freeze.stages(model).items():
         count = sum(parameter.numel() for parameter in stage.parameters())
@@ -136,59 +143,70 @@ def main(argv: list[str] | None = None) -> None:
     print(f"device   {device_name(device)}, {precision}{no_cuda}")
     print(f"cache    {reason}", flush=True)
     filling = time.monotonic()
-    inputs.fill(place)
-    test_inputs.fill(place)
-    if place != "off":
-        seconds = time.monotonic() - filling
-        images = 2 * len(inputs) + len(test_inputs)
-        print(f"         filled in {seconds:.1f} s, {images / seconds:,.0f} images/s", flush=True)
+    computed = inputs.fill(place, cache) + test_inputs.fill(place, cache)
+    fill_seconds = time.monotonic() - filling
+    if computed:
+        print(f"         filled in {fill_seconds:.1f} s, {computed / fill_seconds:,.0f} images/s", flush=True)
+    if place == "disk":
+        print(f"         {'kept for later runs' if computed else 'computed by an earlier run'}; to delete: rm -r {cache}")
 
-    optimizer = torch.optim.Adam(freeze.param_groups(model, unfrozen, rates))
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.Adam(freeze.param_groups(model, unfrozen, rates), fused=True, capturable=cuda)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     labels, test_labels = train.labels.to(device), test.labels.to(device)
-    test_batches = torch.arange(len(test_inputs)).split(128)
+    loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> None:
+        with autocast(device, precision):
+            logits = tail(x)
+        loss = F.cross_entropy(logits.float(), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        loss_sum.add_(loss.detach() * len(y))  # summed on the device: no step waits for a number
+        correct.add_((logits.detach().argmax(1) == y).sum())
+
+    if cuda and not scaler.is_enabled():  # a small network's hundreds of launches in one
+        step = Replayed(step)
     history = []
     about = {  # plain values, so that the checkpoint can be read with weights_only=True
         "architecture": "resnet18", "classes": list(train.classes), "stages": unfrozen,
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "learning_rates": rates,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "device": device_name(device), "precision": precision,
+        "device": device_name(device), "precision": precision, "fill_seconds": fill_seconds,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                      "torchvision": torchvision.__version__, "numpy": np.__version__},
     }
     print("    epoch  train loss  accuracy   test loss  accuracy   seconds", flush=True)
-    for epoch in range(1, args.epochs + 1):
+    for epoch in range(1, max(directories) + 1):
         start = time.monotonic()
         freeze.train_mode(model, unfrozen)
         order, flips = data.epoch_order(len(inputs), args.seed, epoch)
-        loss_sum = torch.zeros((), device=device)  # summed on the device: no waiting in a step
-        correct = torch.zeros((), device=device)
-        for step, batch in enumerate(order.split(args.batch_size)):
-            x, y = inputs(batch, flips[batch]), labels[batch.to(device)]
-            with autocast(device, precision):
-                logits = tail(x)
-            loss = F.cross_entropy(logits.float(), y)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            loss_sum += loss.detach() * len(batch)
-            correct += (logits.detach().argmax(1) == y).sum()
-            data.progress(f"epoch {epoch}: {step * args.batch_size:,} of {len(inputs):,} images")
+        loss_sum.zero_()
+        correct.zero_()
+        targets = labels[order.to(device)].split(args.batch_size)
+        for number, (x, y) in enumerate(zip(inputs.batches(args.batch_size, order, flips), targets), start=1):
+            step(x, y)
+            data.progress(f"epoch {epoch}: step {number:,} of {len(targets):,}")
         train_loss, train_accuracy = loss_sum.item() / len(inputs), correct.item() / len(inputs)
+        trained = time.monotonic()
         data.progress(f"epoch {epoch}: testing")
-        logits = predict(tail, (test_inputs(batch) for batch in test_batches), device, precision)
-        test_loss, test_accuracy = score(logits, test_labels)
-        values = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, time.monotonic() - start)
+        test_loss, test_accuracy = score(predict(tail, test_inputs.batches(128), device, precision), test_labels)
+        values = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, trained - start, time.monotonic() - trained)
         history.append(dict(zip(HISTORY, values, strict=True)))
-        with data.whole_file(directory / "checkpoint.pt") as part:
-            torch.save(about | {"model": model.state_dict(), "history": history, "seconds": time.monotonic() - began}, part)
-        write_csv(directory / "history.csv", HISTORY, [row.values() for row in history])
+        for epochs, directory in directories.items():
+            if epoch <= epochs:
+                about["arguments"]["epochs"] = epochs
+                with data.whole_file(directory / "checkpoint.pt") as part:
+                    torch.save(about | {"model": model.state_dict(), "history": history, "seconds": time.monotonic() - began}, part)
+                write_csv(directory / "history.csv", HISTORY, [row.values() for row in history])
         data.progress()
-        print(f"{epoch:4}/{args.epochs:<4} {train_loss:11.4f} {train_accuracy:9.2%} {test_loss:11.4f} "
-              f"{test_accuracy:9.2%} {values[-1]:9.1f}", flush=True)
-    print(f"saved    {directory}/checkpoint.pt and history.csv, {time.monotonic() - began:.1f} s in all")
+        print(f"{epoch:4}/{max(directories):<4} {train_loss:11.4f} {train_accuracy:9.2%} {test_loss:11.4f} "
+              f"{test_accuracy:9.2%} {time.monotonic() - start:9.1f}", flush=True)
+        if epoch in directories:
+            print(f"saved    {directories[epoch]}/checkpoint.pt and history.csv, {time.monotonic() - began:.1f} s in all")
 
 
 if __name__ == "__main__":

@@ -50,10 +50,10 @@ def run(tmp_path):
     """run("--unfreeze", "layer4") trains a small run, later flags winning; gives its folder."""
 
     def run(*flags: str) -> Path:
-        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        train.main([*SMALL, "--out", str(out), *flags])
-        (folder,) = out.iterdir()
-        return folder
+        flags = [*SMALL, "--out", str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"), *flags]
+        train.main(flags)
+        _, args = train.parse(flags)
+        return args.out / train.run_name(args, [s for s in freeze.STAGES if s in [*args.unfreeze, "fc"]], max(args.epochs))
 
     return run
 

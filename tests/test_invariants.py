@@ -137,6 +137,17 @@ def test_the_same_arguments_give_the_same_run_and_a_short_run_is_the_start_of_a_
     assert not changed(checkpoint(one)["model"], checkpoint(two)["model"])
 
 
+def test_a_long_run_leaves_the_short_one_on_its_way(run):
+    """What run_all.sh takes its 10 epochs from."""
+    alone = run("--unfreeze", "layer4", "--epochs", "1")
+    long = run("--unfreeze", "layer4", "--epochs", "3", "1")
+    short = long.parent / alone.name
+    assert history(alone, *LOSSES) == history(short, *LOSSES) == history(long, *LOSSES)[:1]
+    assert not changed(checkpoint(alone)["model"], checkpoint(short)["model"])
+    assert checkpoint(short)["arguments"] == checkpoint(alone)["arguments"] | {"out": str(long.parent)}
+    assert checkpoint(long)["arguments"]["epochs"] == len(checkpoint(long)["history"]) == 3
+
+
 def test_another_seed_gives_another_run(run):
     assert history(run("--seed", "0"), *LOSSES) != history(run("--seed", "1"), *LOSSES)
 
