@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torchvision import datasets
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic")
@@ -199,20 +199,10 @@ def folder(root: Path, split: str, image_size: int, classes: tuple[str, ...] | N
         raise ValueError(f"{path} has classes the training set lacks: {', '.join(unknown)}")
     position = [classes.index(name) for name in found.classes]
     files = [file for file, _ in found.samples]
-    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
-        sizes = set(pool.map(_size, files))
-        size = sizes.pop() if len(sizes) == 1 else (image_size, image_size)
-        if max(size) > image_size:
-            size = (image_size, image_size)
-        pixels = np.empty((len(files), size[1], size[0], 3), np.uint8)
-
-        def decode(i: int) -> None:
-            image = read_image(files[i])
-            pixels[i] = image if image.size == size else image.resize(size, BILINEAR)
-
-        for done, _ in enumerate(pool.map(decode, range(len(files))), start=1):
-            progress(f"reading {path}: {done} of {len(files)} pictures")
-    progress()
+    size = read_image(files[0]).size
+    pixels = _decode(files, size, resize=False) if max(size) <= image_size else None
+    if pixels is None:
+        pixels = _decode(files, (image_size, image_size), resize=True)
     labels = torch.tensor([position[label] for _, label in found.samples])
     return Images(torch.from_numpy(pixels), labels, classes)
 
@@ -226,11 +216,25 @@ def read_image(file: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def _size(file: str) -> tuple[int, int]:
-    """(width, height) of what read_image gives, from the file's header."""
-    with _opened(file) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by 90 degrees
-        return image.size[::-1] if turned else image.size
+def _decode(files: list[str], size: tuple[int, int], resize: bool) -> np.ndarray | None:
+    """Pictures of one (width, height), uint8 [N, height, width, 3]; if one has another size and is
+    not to be resized, None."""
+    pixels = np.empty((len(files), size[1], size[0], 3), np.uint8)
+
+    def decode(i: int) -> bool:
+        image = read_image(files[i])
+        if resize or image.size == size:
+            pixels[i] = image.resize(size, BILINEAR)
+        return resize or image.size == size
+
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock; tiny pictures only fight for it
+        decoded = (map if max(size) <= 64 else pool.map)(decode, range(len(files)))
+        for done, fits in enumerate(decoded, start=1):
+            if not fits:
+                return None
+            progress(f"reading pictures: {done:,} of {len(files):,}")
+    progress()
+    return pixels
 
 
 @contextmanager

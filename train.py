@@ -30,8 +30,8 @@ import torchvision
 
 import data
 import freeze
-from evaluate import (DEVICES, PRECISIONS, autocast, device_name, pick_device, pick_precision, predict, score,
-                      write_csv)
+from evaluate import (DEVICES, PRECISIONS, autocast, device_name, keep_memory, pick_device, pick_precision, predict,
+                      score, write_csv)
 from features import PLACES, Features, choose_place
 from replay import Replayed
 
@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse(argv)
     unfrozen = [stage for stage in freeze.STAGES if stage in [*args.unfreeze, "fc"]]
     rates = freeze.LEARNING_RATES | dict(args.lr)
+    keep_memory()
     try:
         if frozen := {stage for stage, _ in args.lr} - set(unfrozen):
             raise ValueError(f"--lr {frozen.pop()}=...: only what learns has a rate, here {' and '.join(unfrozen)}")
