@@ -39,8 +39,8 @@ class Features:
                  dtype: torch.dtype, mirrored: bool):
         self.prefix = prefix.to(device, dtype, memory_format=torch.channels_last)
         self.pixels, self.image_size, self.device, self.dtype = pixels, image_size, device, dtype
-        # Images per pass: a GPU wants many; what 16 leave between two layers stays in a CPU's own
-        # cache, which made the fill 1.19 times as fast as with 128.
+        # Images per pass: a GPU wants many; on a CPU little memory, used again and again, is faster:
+        # 1.19 times as fast a fill as with 128 (and 1.24 times for evaluate.keep_memory).
         self.chunk = 16 if device.type == "cpu" else 256
         self.store = None
         self.copies = deque()  # CUDA events of the last copies out of the host's memory
@@ -146,10 +146,10 @@ def choose_place(wanted: str, features: Sequence[Features], device: torch.device
     then "off"; "disk", in `folder`, is for who asks for it, since what it writes stays there.
     Raises ValueError when a place that was asked for cannot hold them.
     """
-    if wanted == "disk":
-        features = [feature for feature in features if not feature.file(folder).exists()]
     need = sum(feature.bytes for feature in features)
     text = f"{need / 1e9:.2f} GB of features"
+    if wanted == "disk":  # what is there takes no more room
+        need -= sum(feature.bytes for feature in features if feature.file(folder).exists())
     if wanted == "off":
         return "off", f"off as asked, {text} recomputed in every epoch"
     if wanted == "auto" and not len(features[0].prefix):

@@ -14,6 +14,7 @@ import features
 import freeze
 import train
 
+ROOT = Path(__file__).parent.parent
 SMALL = ("--dataset", "synthetic", "--weights", "none", "--image-size", "48", "--train-size", "60", "--batch-size", "25",
          "--epochs", "2", "--device", "cpu", "--precision", "fp32")
 
@@ -58,10 +59,14 @@ def run(tmp_path):
     return run
 
 
+def rows(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
 def history(folder: Path, *columns: str) -> list[list[float]]:
     """The columns of a run's history.csv, an epoch per row."""
-    with open(folder / "history.csv", newline="") as file:
-        return [[float(row[column]) for column in columns] for row in csv.DictReader(file)]
+    return [[float(row[column]) for column in columns] for row in rows(folder / "history.csv")]
 
 
 def checkpoint(folder: Path) -> dict:

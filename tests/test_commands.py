@@ -12,20 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, checkpoint, history
+from conftest import ROOT, SMALL, checkpoint, history, rows
 from PIL import Image
 
 import data
 import evaluate
 import train
 
-ROOT = Path(__file__).parent.parent
 CLASSES = data.synthetic("train").classes
-
-
-def rows(file: Path) -> list[dict[str, str]]:
-    with open(file, newline="", encoding="utf-8") as opened:
-        return list(csv.DictReader(opened))
 
 
 def everything_below(folder: Path) -> set[Path]:
