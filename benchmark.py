@@ -284,10 +284,10 @@ def main(argv: list[str] | None = None) -> None:
                            PRECISIONS[precision], mirrored=False).bytes
             floor = max(step / flop_rate, one / byte_rate)
             filled = (2 * sizes[0] + sizes[1]) / rows[-1]["fill_seconds"] if rows[-1]["fill_seconds"] else 0
-            print(f"a step is {step / 1e6:,.2f} MFLOP and {one / 1e6:.2f} MB an image: {1 / floor:,.0f} images/s at the "
-                  f"rates\nabove, {rows[-1]['images_per_second']:,.0f} reached, {rows[-1]['images_per_second'] * floor:.0%}\n"
-                  f"the fill is {prefix / 1e6:,.2f} MFLOP an image: {flop_rate / prefix:,.0f} images/s at the rate above,\n"
-                  f"{filled:,.0f} reached, {filled / rows[-4]['images_per_second']:.1f} times the textbook's training", flush=True)
+            print(f"step     {step / 1e6:,.2f} MFLOP and {one / 1e6:.2f} MB an image: {1 / floor:,.0f} images/s at the rates above\n"
+                  f"         {rows[-1]['images_per_second']:,.0f} images/s reached, {rows[-1]['images_per_second'] * floor:.0%}\n"
+                  f"fill     {prefix / 1e6:,.2f} MFLOP an image: {flop_rate / prefix:,.0f} images/s at the rate above\n"
+                  f"         {filled:,.0f} images/s reached, {filled / rows[-4]['images_per_second']:.1f} times the textbook's training", flush=True)
     if {"layer4", "layer3+layer4"} <= set(own.strategies):
         total = {variant: sum(r["projected_50_epochs"] + (r["projected_10_epochs"] if variant != "ours" else 0) for r in rows
                               if r["variant"] == variant and r["strategy"] != "fc") for variant in VARIANTS}
