@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"         {flop_rate / 1e9:,.0f} GFLOP/s in a matrix product, {byte_rate / 1e9:,.1f} GB/s in a copy")
     print(f"data     {args.dataset}: {sizes[0]:,} of {full[0]:,} train and {sizes[1]:,} of {full[1]:,} test images, "
           f"{own.epochs} epochs")
-    print("         10 and 50 epochs are projected to all images: start, fill, training, tests")
+    print("         10 and 50 epochs: projected to all images, with start, fill and tests")
     rows = []
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         root = Path(folder)
