@@ -43,7 +43,7 @@ from torchvision import datasets, transforms
 import data
 import freeze
 import train
-from evaluate import PRECISIONS, autocast, device_name, pick_device, pick_precision, write_csv
+from evaluate import PRECISIONS, autocast, command, device_name, pick_device, pick_precision, write_csv
 from features import Features
 
 STRATEGIES = {"fc": ["fc"], "layer4": ["layer4", "fc"], "layer3+layer4": ["layer3", "layer4", "fc"]}
@@ -299,9 +299,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        data.progress()
-        print("benchmark.py: stopped; the CSV is written when all is measured, not before", file=sys.stderr)
-        sys.exit(130)
+    command(main, "the CSV is written when all is measured, not before")

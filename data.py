@@ -199,6 +199,9 @@ def folder(root: Path, split: str, image_size: int, classes: tuple[str, ...] | N
         raise ValueError(f"{path} has classes the training set lacks: {', '.join(unknown)}")
     position = [classes.index(name) for name in found.classes]
     files = [file for file, _ in found.samples]
+    deepest = max(files, key=lambda file: file.count(os.sep))
+    if deepest.count(os.sep) > str(path).count(os.sep) + 20:  # the system follows a circle 40 times
+        raise ValueError(f"a symbolic link leads round in a circle: {deepest}")
     size = read_image(files[0]).size
     pixels = _decode(files, size, resize=False) if max(size) <= image_size else None
     if pixels is None:
@@ -301,6 +304,15 @@ def whole_file(file: str | Path) -> Iterator[Path]:
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_file(file: str | Path, content: bytes) -> None:
+    """A file that appears whole or not at all. Raises OSError that says so, on a full disk for one."""
+    try:
+        with whole_file(file) as part:
+            part.write_bytes(content)
+    except OSError as error:
+        raise OSError(f"cannot write {file} ({error.strerror}): what was there before is kept") from error
 
 
 _last_shown = 0.0

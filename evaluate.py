@@ -14,9 +14,11 @@ import contextlib
 import csv
 import ctypes
 import functools
+import io
 import platform
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -129,11 +131,12 @@ def read_checkpoint(path: str) -> tuple[dict, nn.Module]:
 
 
 def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
-    """A CSV file that appears whole or not at all."""
-    with data.whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
+    """A CSV file that appears whole or not at all. Raises OSError."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    data.write_file(path, text.getvalue().encode())
 
 
 def summary_row(path: str, checkpoint: dict, loss: float, accuracy: float) -> dict:
@@ -216,15 +219,31 @@ def main(argv: list[str] | None = None) -> None:
         try:
             write_csv(args.csv, SUMMARY, [row.values() for row in rows])
         except OSError as error:
-            parser.error(f"cannot write --csv {args.csv}: {error.strerror}")
+            parser.error(f"--csv: {error}")
     if failed:
         sys.exit(2)
 
 
-if __name__ == "__main__":
+def command(main: Callable[[], None], when_stopped: str) -> None:
+    """Run a script so that it ends with one line in place of a traceback: Ctrl-C with status 130,
+    SIGTERM with 143; a disk or a memory that is full, or a loss that is not finite, with 1."""
+
+    def terminate(*_) -> None:
+        raise KeyboardInterrupt(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        main()
-    except KeyboardInterrupt:
-        data.progress()
-        print("evaluate.py: stopped; the table is written when all is scored, not before", file=sys.stderr)
-        sys.exit(130)
+        return main()
+    except KeyboardInterrupt as stop:
+        status, line = stop.args[0] if stop.args else 130, f"stopped; {when_stopped}"
+    except torch.OutOfMemoryError:
+        status, line = 1, "error: the device's memory is full: lower --batch-size or --image-size, or try --cache host"
+    except (OSError, FloatingPointError) as error:
+        status, line = 1, f"error: {error}"
+    data.progress()
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    command(main, "the table is written when all is scored, not before")

@@ -139,6 +139,21 @@ class Features:
         return True
 
 
+def fill_all(features: Sequence[Features], place: str, device: torch.device, folder: Path) -> tuple[str, int]:
+    """Fill them, in the next place if memory runs out in this one after all. Returns where they
+    are now, and how many features were computed."""
+    try:
+        return place, sum(feature.fill(place, folder) for feature in features)
+    except (torch.OutOfMemoryError, MemoryError):
+        for feature in features:
+            feature.store = None
+    room = free_memory("host", device, folder) - sum(feature.bytes for feature in features)
+    after = "host" if place == "device" and room > ROOM else "off"
+    progress()
+    print(f"         does not fit in {place} memory after all: {after}", flush=True)
+    return fill_all(features, after, device, folder)
+
+
 def choose_place(wanted: str, features: Sequence[Features], device: torch.device, folder: Path) -> tuple[str, str]:
     """Where to keep these features, and the reason in words. Allocates nothing.
 

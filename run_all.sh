@@ -6,6 +6,7 @@
 #     bash run_all.sh --demo                             # drawn pictures, no download, under 2 minutes on 2 cores
 #     bash run_all.sh --data-dir /data --batch-size 256  # what train.py takes goes to every run
 #     bash run_all.sh --out /tmp/results                 # default: results, or results/demo
+#     bash run_all.sh                                    # again: goes on where it was stopped
 #     SEEDS="0 1 2" WITH_FC=1 bash run_all.sh            # three seeds, and the fc-only baseline
 set -euo pipefail
 
@@ -34,7 +35,7 @@ out=${out:-results${preset:+/demo}}
 for seed in ${SEEDS:-0}; do
     for stages in ${with_fc:+""} layer4 "layer3 layer4"; do
         # shellcheck disable=SC2086  # the stages are separate words
-        "$python" "$here/train.py" --unfreeze $stages --epochs 10 50 --seed "$seed" --out "$out" \
+        "$python" "$here/train.py" --unfreeze $stages --epochs 10 50 --seed "$seed" --out "$out" --resume \
             ${preset[@]+"${preset[@]}"} ${extra[@]+"${extra[@]}"}
         echo
     done

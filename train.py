@@ -15,9 +15,11 @@ own under --out.
 
 import argparse
 import contextlib
+import fcntl
+import io
 import math
+import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,9 +32,9 @@ import torchvision
 
 import data
 import freeze
-from evaluate import (DEVICES, PRECISIONS, autocast, device_name, keep_memory, pick_device, pick_precision, predict,
-                      score, write_csv)
-from features import PLACES, Features, choose_place
+from evaluate import (DEVICES, PRECISIONS, autocast, command, device_name, keep_memory, pick_device, pick_precision,
+                      predict, read_checkpoint, score, write_csv)
+from features import PLACES, Features, choose_place, fill_all
 from replay import Replayed
 
 HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "train_seconds", "test_seconds")
@@ -63,6 +65,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add("--cache", choices=PLACES, default="auto",
         help="where the frozen prefix's outputs are kept; auto (default): where they fit in memory; "
              "disk: in a file under --out, which later runs use too")
+    add("--resume", action="store_true",
+        help="go on after the run's last finished epoch; leave a finished run as it is")
     add("--out", type=Path, default=Path("results"), help="the runs' folder (default: results)")
     return parser, parser.parse_args(argv)
 
@@ -95,7 +99,55 @@ def run_name(args: argparse.Namespace, unfrozen: list[str], epochs: int) -> str:
     return name + "".join(f"-{stage}={rate:g}" for stage, rate in sorted(args.lr))
 
 
+def plain(args: argparse.Namespace) -> dict:
+    """The arguments as values that a checkpoint can hold."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def resume(directories: dict[int, Path], args: argparse.Namespace) -> tuple[dict | None, dict[int, Path]]:
+    """The checkpoint to go on from, if there is one, and the runs that are not finished, by epochs.
+    Raises ValueError or OSError for one that is damaged or of another run."""
+    saved = {}
+    for epochs, directory in directories.items():
+        file = directory / "checkpoint.pt"
+        if file.exists():
+            saved[epochs], _ = read_checkpoint(str(file))
+            if "optimizer" not in saved[epochs]:
+                raise ValueError(f"--resume: {file} is of an older version, without the optimizer's state: delete it")
+            before, now = saved[epochs]["arguments"], plain(args)
+            for name in now.keys() - {"epochs", "resume", "cache", "out"}:
+                if before.get(name) != now[name]:
+                    raise ValueError(f"--resume: {file} was trained with --{name.replace('_', '-')} {before.get(name)}, "
+                                     f"not {now[name]}: use that, or another --out")
+    unfinished = {epochs: directory for epochs, directory in directories.items()
+                  if epochs not in saved or len(saved[epochs]["history"]) < epochs}
+    usable = [checkpoint for checkpoint in saved.values() if len(checkpoint["history"]) <= min(unfinished, default=0)]
+    return max(usable, key=lambda checkpoint: len(checkpoint["history"]), default=None), unfinished
+
+
+def lock(directory: Path) -> int:
+    """Makes the run's directory and holds it until the process ends or the returned descriptor is closed."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+        descriptor = os.open(directory, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for part in directory.glob(".*.part"):  # what a killed run was writing
+            part.unlink()
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OSError(f"another run is writing to {directory}: wait for its end, or choose another --out") from None
+    except OSError as error:
+        raise OSError(f"cannot write to {directory} ({error.strerror}): choose another --out") from error
+    return descriptor
+
+
 def main(argv: list[str] | None = None) -> None:
+    with contextlib.ExitStack() as held:
+        run(argv, held)
+
+
+def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
     began = time.monotonic()
     parser, args = parse(argv)
     unfrozen = [stage for stage in freeze.STAGES if stage in [*args.unfreeze, "fc"]]
@@ -106,11 +158,22 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--lr {frozen.pop()}=...: only what learns has a rate, here {' and '.join(unfrozen)}")
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device)
+        directories = {epochs: args.out / run_name(args, unfrozen, epochs) for epochs in sorted(set(args.epochs))}
+        checkpoint = None
+        if args.resume:
+            checkpoint, unfinished = resume(directories, args)
+            for epochs in directories.keys() - unfinished.keys():
+                print(f"{directories[epochs]}: finished")
+            if not unfinished:
+                return
+            directories = unfinished
         weights = freeze.load_weights(args.weights)
         train = data.load(args.dataset, "train", args.data_dir, args.image_size)
         if args.train_size:
             train = data.stratified_subset(train, args.train_size, args.seed)
         test = data.load(args.dataset, "test", args.data_dir, args.image_size, train.classes)
+        if len(train.classes) < 2:
+            raise ValueError(f"{args.data_dir} holds one class, {train.classes[0]}: telling classes apart takes two")
         last_batch = len(train.labels) % args.batch_size or args.batch_size
         if last_batch == 1 and args.image_size == 32 and "layer4" in unfrozen:
             raise ValueError(f"--batch-size {args.batch_size} leaves a batch of one of the {len(train.labels)} images, "
@@ -123,13 +186,8 @@ def main(argv: list[str] | None = None) -> None:
         test_inputs = Features(prefix, test.pixels, args.image_size, device, dtype, mirrored=False)
         cache = args.out / "features"
         place, reason = choose_place(args.cache, [inputs, test_inputs], device, cache)
-        directories = {epochs: args.out / run_name(args, unfrozen, epochs) for epochs in sorted(set(args.epochs))}
         for directory in directories.values():
-            try:
-                directory.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=directory).close()
-            except OSError as error:
-                raise OSError(f"cannot write to {directory} ({error.strerror}): choose another --out") from error
+            held.callback(os.close, lock(directory))
     except (OSError, ValueError, MemoryError) as error:
         data.progress()
         parser.error(str(error))
@@ -144,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"device   {device_name(device)}, {precision}{no_cuda}")
     print(f"cache    {reason}", flush=True)
     filling = time.monotonic()
-    computed = inputs.fill(place, cache) + test_inputs.fill(place, cache)
+    place, computed = fill_all([inputs, test_inputs], place, device, cache)
     fill_seconds = time.monotonic() - filling
     if computed:
         print(f"         filled in {fill_seconds:.1f} s, {computed / fill_seconds:,.0f} images/s", flush=True)
@@ -171,17 +229,22 @@ def main(argv: list[str] | None = None) -> None:
     if cuda and not scaler.is_enabled():  # a small network's hundreds of launches in one
         step = Replayed(step)
     history = []
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        history, began = checkpoint["history"], began - checkpoint["seconds"]
+        print(f"resumed  after epoch {len(history)}")
     about = {  # plain values, so that the checkpoint can be read with weights_only=True
         "architecture": "resnet18", "classes": list(train.classes), "stages": unfrozen,
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "learning_rates": rates,
+        "arguments": plain(args), "learning_rates": rates,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "device": device_name(device), "precision": precision, "fill_seconds": fill_seconds,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                      "torchvision": torchvision.__version__, "numpy": np.__version__},
     }
     print("    epoch  train loss  accuracy   test loss  accuracy   seconds", flush=True)
-    for epoch in range(1, max(directories) + 1):
+    for epoch in range(len(history) + 1, max(directories) + 1):
         start = time.monotonic()
         freeze.train_mode(model, unfrozen)
         order, flips = data.epoch_order(len(inputs), args.seed, epoch)
@@ -195,13 +258,19 @@ def main(argv: list[str] | None = None) -> None:
         trained = time.monotonic()
         data.progress(f"epoch {epoch}: testing")
         test_loss, test_accuracy = score(predict(tail, test_inputs.batches(128), device, precision), test_labels)
+        if not math.isfinite(train_loss + test_loss):
+            used = " ".join(f"{stage}={rates[stage]:g}" for stage in unfrozen)
+            raise FloatingPointError(f"the loss is not finite in epoch {epoch} with --lr {used}: try lower rates; "
+                                     f"{directories[max(directories)]} keeps epoch {epoch - 1}, if there was one")
         values = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, trained - start, time.monotonic() - trained)
         history.append(dict(zip(HISTORY, values, strict=True)))
         for epochs, directory in directories.items():
             if epoch <= epochs:
                 about["arguments"]["epochs"] = epochs
-                with data.whole_file(directory / "checkpoint.pt") as part:
-                    torch.save(about | {"model": model.state_dict(), "history": history, "seconds": time.monotonic() - began}, part)
+                file = io.BytesIO()  # torch.save says less than a sentence when a disk is full
+                torch.save(about | {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history,
+                                    "scaler": scaler.state_dict(), "seconds": time.monotonic() - began}, file)
+                data.write_file(directory / "checkpoint.pt", file.getbuffer())
                 write_csv(directory / "history.csv", HISTORY, [row.values() for row in history])
         data.progress()
         print(f"{epoch:4}/{max(directories):<4} {train_loss:11.4f} {train_accuracy:9.2%} {test_loss:11.4f} "
@@ -211,9 +280,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        data.progress()
-        print("train.py: stopped; the run's folder holds its last finished epoch, if there was one", file=sys.stderr)
-        sys.exit(130)
+    command(main, "to go on after the last finished epoch, run the same command with --resume")

@@ -19,6 +19,10 @@ SMALL = ("--dataset", "synthetic", "--weights", "none", "--image-size", "48", "-
          "--epochs", "2", "--device", "cpu", "--precision", "fp32")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=5, help="how often the run of test_resume.py is killed (default: 5)")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():

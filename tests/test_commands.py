@@ -1,10 +1,8 @@
 """The command lines: what a user types, sees and finds on disk."""
 
 import csv
-import functools
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -302,7 +300,7 @@ esac
 
 def test_run_all_makes_the_four_runs_in_two_and_scores_them(scripts):
     done, log = scripts("run_all.sh", "--data-dir", "/my data", "--batch-size", "256")
-    flags = "--out results --data-dir /my data --batch-size 256"
+    flags = "--out results --resume --data-dir /my data --batch-size 256"
     assert done.returncode == 0, done.stderr
     assert log == [f"train.py --unfreeze layer4 --epochs 10 50 --seed 0 {flags}",
                    f"train.py --unfreeze layer3 layer4 --epochs 10 50 --seed 0 {flags}",
@@ -313,7 +311,7 @@ def test_run_all_makes_the_four_runs_in_two_and_scores_them(scripts):
 def test_run_all_with_seeds_and_the_baseline(scripts):
     _, log = scripts("run_all.sh", "--out", "here", SEEDS="3 4", WITH_FC="1")
     assert len(log) == 2 * 3 + 1 and all("--out here" in line for line in log[:-1])
-    assert log[0] == "train.py --unfreeze --epochs 10 50 --seed 3 --out here" and "--csv here/summary.csv" in log[-1]
+    assert log[0] == "train.py --unfreeze --epochs 10 50 --seed 3 --out here --resume" and "--csv here/summary.csv" in log[-1]
     assert {line.split("--seed ")[1][0] for line in log[:-1]} == {"3", "4"}
 
 
@@ -325,7 +323,7 @@ def test_run_all_without_the_baseline(scripts):
 def test_the_demo_only_presets_flags(scripts):
     _, log = scripts("run_all.sh", "--demo", "--device", "cpu")
     preset = "--dataset synthetic --weights none --image-size 32 --train-size 100 --batch-size 50"
-    assert len(log) == 3 and all(line.endswith(f"--out results/demo {preset} --device cpu") for line in log[:2])
+    assert len(log) == 3 and all(line.endswith(f"--out results/demo --resume {preset} --device cpu") for line in log[:2])
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -357,18 +355,3 @@ def test_what_is_missing_is_installed_once(scripts, tmp_path, script):
     assert log[:2] == ["-m venv --clear .venv", "-m pip install --quiet -r requirements.txt"]
     again, log = scripts(script)
     assert again.returncode == 0 and sum("venv" in line for line in log) == 1
-
-
-def test_ctrl_c_in_the_middle_keeps_the_last_finished_epoch(tmp_path):
-    command = [sys.executable, "-u", str(ROOT / "train.py"), *SMALL, "--epochs", "1000", "--out", str(tmp_path)]
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background may ignore it
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
-        for line in process.stdout:
-            if line.strip().startswith("2/1000"):
-                process.send_signal(signal.SIGINT)
-                break
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors.startswith("train.py: stopped;") and len(errors.splitlines()) == 1
-    (folder,) = tmp_path.iterdir()
-    assert {file.name for file in folder.iterdir()} == {"history.csv", "checkpoint.pt"}
-    assert len(history(folder, "epoch")) >= 2 and len(checkpoint(folder)["history"]) >= 2

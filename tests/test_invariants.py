@@ -1,6 +1,8 @@
 """The five promises of the design, each broken by at least one plausible mistake."""
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,7 +184,13 @@ def test_a_run_stopped_while_it_saves_keeps_both_files_of_the_epoch_before(run, 
     folder = run("--unfreeze", "layer4", "--epochs", "1")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert before.keys() == {"history.csv", "checkpoint.pt"}
-    monkeypatch.setattr(torch, "save", lambda _, path: (path.write_bytes(b"half"), 1 / 0))
-    with pytest.raises(ZeroDivisionError):
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> None:
+        write(path, content[:len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=f"cannot write {folder}/checkpoint.pt .No space left on device.: what was there"):
         run("--unfreeze", "layer4", "--epochs", "1", "--out", str(folder.parent))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -1,0 +1,234 @@
+"""What a killed, stopped, doubled, starved or diverging run leaves, and how it goes on."""
+
+import fcntl
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, checkpoint, history
+
+import evaluate
+import features
+import train
+
+LOSSES = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+
+
+def command(script: str, *flags: str, **options) -> subprocess.Popen:
+    """A process of its own, in which Ctrl-C works even if this one was started in the background."""
+    return subprocess.Popen([sys.executable, "-u", str(ROOT / script), *flags], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options)
+
+
+def same(one: Path, two: Path) -> None:
+    assert history(one, *LOSSES) == history(two, *LOSSES)
+    saved, other = checkpoint(one), checkpoint(two)
+    torch.testing.assert_close(saved["model"], other["model"], rtol=0, atol=0)
+    assert saved["optimizer"]["state"].keys() == other["optimizer"]["state"].keys() != set()
+    for number, state in saved["optimizer"]["state"].items():
+        torch.testing.assert_close(state, other["optimizer"]["state"][number], rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- killed
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_as_if_nothing_had_been(run, tmp_path, pytestconfig):
+    """In the fill, in the middle of an epoch, while writing: the moments are random, the seed is printed."""
+    flags = ["--unfreeze", "layer4", "--epochs", "2", "8", "--train-size", "200"]
+    whole = run(*flags)
+    seed = random.randrange(10**6)
+    moments = random.Random(seed)
+    print("seed", seed)
+    kills = 0
+    while kills < pytestconfig.getoption("kills"):
+        process = command("train.py", *SMALL, *flags, "--resume", "--out", str(tmp_path / "killed"))
+        started = process.stdout.readline()  # its directory, or that it is finished: imports are over
+        if "finished" in started and process.wait() == 0 and (tmp_path / "killed" / whole.name / "checkpoint.pt").exists() \
+                and len(checkpoint(tmp_path / "killed" / whole.name)["history"]) == 8:
+            for folder in (tmp_path / "killed").iterdir():  # all done before all kills were: once more
+                for file in folder.iterdir():
+                    file.unlink()
+            continue
+        time.sleep(moments.uniform(0, 3))
+        process.kill()
+        process.communicate()
+        kills += 1
+    for _ in range(2):  # the second finds nothing to do
+        run(*flags, "--resume", "--out", str(tmp_path / "killed"))
+    for folder in (whole, whole.with_name(whole.name.replace("e8", "e2"))):
+        same(folder, tmp_path / "killed" / folder.name)
+        assert {file.name for file in (tmp_path / "killed" / folder.name).iterdir()} == {"history.csv", "checkpoint.pt"}
+
+
+@pytest.mark.parametrize("lacking", ["short", "long", "both"])
+def test_only_what_is_missing_is_run(run, capsys, lacking):
+    long = run("--epochs", "1", "3")
+    short = long.with_name(long.name.replace("e3", "e1"))
+    kept = [folder for name, folder in (("short", short), ("long", long)) if lacking not in (name, "both")]
+    before = {folder: (folder / "checkpoint.pt").stat().st_mtime_ns for folder in kept}
+    expected = checkpoint(long)["model"], checkpoint(short)["model"]
+    for folder in {short, long} - set(kept):
+        (folder / "checkpoint.pt").unlink()
+    capsys.readouterr()
+    run("--epochs", "1", "3", "--resume", "--out", str(long.parent))
+    out = capsys.readouterr().out
+    assert [line.split("/")[0].strip() for line in out.splitlines() if line[:4].strip().isdecimal()] == {
+        "short": ["1"], "long": ["2", "3"], "both": ["1", "2", "3"]}[lacking]
+    assert {folder: (folder / "checkpoint.pt").stat().st_mtime_ns for folder in kept} == before
+    assert all(f"{folder}: finished" in out for folder in kept)
+    torch.testing.assert_close((checkpoint(long)["model"], checkpoint(short)["model"]), expected, rtol=0, atol=0)
+
+
+def test_a_short_run_goes_on_to_a_longer_one(run, capsys):
+    long = run("--unfreeze", "layer4", "--epochs", "1", "3")
+    again = run("--unfreeze", "layer4", "--epochs", "1")
+    resumed = run("--unfreeze", "layer4", "--epochs", "1", "3", "--resume", "--out", str(again.parent))
+    assert "resumed  after epoch 1" in capsys.readouterr().out
+    same(long, resumed)
+    assert checkpoint(resumed)["seconds"] > checkpoint(again)["seconds"]
+
+
+def test_resuming_with_other_arguments_names_the_difference(run, capsys, tmp_path):
+    folder = run("--dataset", "synthetic")
+    with pytest.raises(SystemExit, match="2"):
+        run("--data-dir", str(tmp_path), "--resume", "--out", str(folder.parent))
+    assert f"--resume: {folder}/checkpoint.pt was trained with --data-dir {ROOT}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "malicious"])
+def test_a_damaged_checkpoint_is_not_resumed(run, capsys, tmp_path, damage):
+    folder = run("--epochs", "2")
+    file = folder / "checkpoint.pt"
+    if damage == "malicious":
+        torch.save({"history": Malicious(tmp_path / "ran")}, file)
+    else:
+        file.write_bytes({"truncated": file.read_bytes()[:-100], "text": b"hello"}[damage])
+    left = file.read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        run("--epochs", "2", "--resume", "--out", str(folder.parent))
+    assert f"{file} is not a checkpoint that train.py wrote whole" in capsys.readouterr().err
+    assert file.read_bytes() == left and not (tmp_path / "ran").exists()
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([str(file)])
+    assert str(file) in capsys.readouterr().err and not (tmp_path / "ran").exists()
+
+
+class Malicious:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+# ---------------------------------------------------------------- stopped, doubled
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, number, status):
+    process = command("train.py", *SMALL, "--epochs", "1000", "--out", str(tmp_path))
+    while not process.stdout.readline().startswith("   2/1000"):
+        assert process.poll() is None
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert error == "train.py: stopped; to go on after the last finished epoch, run the same command with --resume\n"
+    assert process.returncode == status
+    (folder,) = tmp_path.iterdir()
+    assert len(history(folder, "epoch")) == len(checkpoint(folder)["history"]) >= 2
+
+
+def test_the_second_of_two_runs_into_one_directory_stops_and_the_lock_dies_with_the_first(run, capsys):
+    folder = run("--epochs", "1")
+    before = (folder / "checkpoint.pt").read_bytes()
+    holder = os.open(folder, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)  # what another process would hold
+    with pytest.raises(SystemExit, match="2"):
+        run("--epochs", "1", "--out", str(folder.parent))
+    assert f"another run is writing to {folder}: wait for its end" in capsys.readouterr().err
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    os.close(holder)
+    run("--epochs", "1", "--out", str(folder.parent))
+    assert sorted(file.name for file in folder.iterdir()) == ["checkpoint.pt", "history.csv"]
+
+
+# ---------------------------------------------------------------- starved, diverging
+
+
+def test_a_full_disk_keeps_the_last_state_and_says_so(run, tmp_path):
+    folder = run("--epochs", "1")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    limited = f"import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+              f"resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); sys.argv[0] = 'train.py'; " \
+              f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", limited, *SMALL, "--epochs", "1", "--out", str(folder.parent)],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines() == [
+        f"train.py: error: cannot write {folder}/checkpoint.pt (File too large): what was there before is kept"]
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_epoch(run, monkeypatch):
+    folder = run("--epochs", "1", "--unfreeze", "layer4", "--lr", "layer4=0.5")
+    with pytest.raises(FloatingPointError, match="not finite in epoch 1 with --lr layer4=0.0001 fc=1e.36: try lower rates"):
+        run("--epochs", "1", "--unfreeze", "layer4", "--lr", "fc=1e36")
+    monkeypatch.setattr(train, "score", lambda *_: (float("nan"), 0.1))
+    before = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(FloatingPointError, match=f"epoch 2 with --lr layer4=0.5 fc=0.001: .*{folder.name.replace('e1', 'e3')} keeps epoch 1"):
+        run("--epochs", "1", "3", "--unfreeze", "layer4", "--lr", "layer4=0.5", "--resume", "--out", str(folder.parent))
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_a_cache_that_does_not_fit_after_all_goes_to_the_next_place(run, monkeypatch, capsys, error):
+    expected = history(run("--unfreeze", "layer4"), *LOSSES)
+    fill = features.Features.fill
+
+    def full(self, place, folder):
+        if place == "host":
+            self.store = torch.empty(1)
+            raise error
+        return fill(self, place, folder)
+
+    monkeypatch.setattr(features.Features, "fill", full)
+    found = history(run("--unfreeze", "layer4"), *LOSSES)
+    assert "does not fit in host memory after all: off" in capsys.readouterr().out
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0.02)
+
+
+def test_from_the_device_to_the_host_to_nowhere(monkeypatch, capsys):
+    tried = []
+
+    class Full:
+        bytes, store = 10, None
+
+        def fill(self, place, folder):
+            tried.append(place)
+            if place != "off":
+                raise torch.OutOfMemoryError
+            return 0
+
+    assert features.fill_all([Full()], "device", torch.device("cpu"), Path("features")) == ("off", 0)
+    assert tried == ["device", "host", "off"]
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (torch.OutOfMemoryError("CUDA"), 1, "error: the device's memory is full: lower --batch-size"),
+    (OSError("cannot write x"), 1, "error: cannot write x"), (FloatingPointError("not finite"), 1, "error: not finite"),
+    (KeyboardInterrupt(), 130, "stopped; so"), (KeyboardInterrupt(143), 143, "stopped; so")])
+def test_a_script_ends_with_one_line(monkeypatch, capsys, error, status, line):
+    def main():
+        raise error
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.command(main, "so")
+    (said,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == status and line in said
