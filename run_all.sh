@@ -6,7 +6,7 @@
 #     bash run_all.sh --demo                             # drawn pictures, no download, under 2 minutes on 2 cores
 #     bash run_all.sh --data-dir /data --batch-size 256  # what train.py takes goes to every run
 #     bash run_all.sh --out /tmp/results                 # default: results, or results/demo
-#     bash run_all.sh                                    # again: goes on where it was stopped
+#     bash run_all.sh                                    # the same again: goes on where it was stopped
 #     SEEDS="0 1 2" WITH_FC=1 bash run_all.sh            # three seeds, and the fc-only baseline
 set -euo pipefail
 

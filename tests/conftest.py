@@ -73,6 +73,16 @@ def history(folder: Path, *columns: str) -> list[list[float]]:
     return [[float(row[column]) for column in columns] for row in rows(folder / "history.csv")]
 
 
+def complaint(main, flags, capsys) -> str:
+    """What a command prints on stderr when it refuses: one line, status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, flags)))
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and "Traceback" not in captured.err
+    (line,) = captured.err.splitlines()
+    return line
+
+
 def checkpoint(folder: Path) -> dict:
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 

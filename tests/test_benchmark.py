@@ -40,17 +40,3 @@ def test_flops_are_counted_as_by_hand():
     tail, prefix = benchmark.work(["layer4", "fc"], 224)
     assert tail == 2 * (3 * (first + 3 * second + shortcut) - first - shortcut) + 2 * 3 * 512 * 10
     assert prefix + 2 * (first + 3 * second + shortcut) + 2 * 512 * 10 == 2 * 1_814_073_344 - 2 * 512 * 990
-
-
-@pytest.mark.parametrize("flags, expected", [
-    (["--lr", "fc=1"], "--lr is not for the benchmark"), (["--cache", "off"], "--cache is not for the benchmark"),
-    (["--strategies", "layer2"], "invalid choice: 'layer2'"), (["--nonsense"], "unrecognized arguments: --nonsense"),
-    (["--epochs", "0"], "must be a whole number"), (["--dataset", "folder", "--data-dir", "/nowhere"], "--dataset folder reads"),
-    ([*LITTLE, "--csv", "/proc/nothing/speed.csv"], "/proc/nothing"),
-])
-def test_what_the_benchmark_refuses(flags, expected, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        benchmark.main(["--weights", "none", *flags])
-    out, error = capsys.readouterr()
-    (line,) = error.splitlines()
-    assert ": error: " in line and expected in line and not out

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, checkpoint, history, rows
+from conftest import ROOT, SMALL, checkpoint, complaint, history, rows
 from PIL import Image
 
 import data
@@ -189,81 +189,6 @@ def test_layer4_learns_the_drawn_pictures_and_fc_alone_does_not(run):
     assert fc < 0.25 and layer4 > fc + 0.08
 
 
-# ---------------------------------------------------------------- wrong input
-
-
-def complaint(main, flags, capsys) -> str:
-    """What a command prints on stderr when it refuses: one line, status 2."""
-    with pytest.raises(SystemExit) as stopped:
-        main(list(map(str, flags)))
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2 and "Traceback" not in captured.err
-    (line,) = captured.err.splitlines()
-    return line
-
-
-@pytest.mark.parametrize("flags, expected", [
-    (["--unfreeze", "layer9"], r"--unfreeze: invalid choice: 'layer9' \(choose from"),
-    (["--epochs", "0"], "--epochs: must be a whole number from 1 to 2147483647, not '0'"),
-    (["--epochs", "ten"], "--epochs: must be .* not 'ten'"),
-    (["--batch-size", "0"], "--batch-size: must be a whole number from 1"),
-    (["--batch-size", "9223372036854775808"], "--batch-size: must be a whole number from 1 to"),
-    (["--image-size", "31"], "--image-size: must be a whole number from 32 to 4096"),
-    (["--image-size", "3000000"], "--image-size: must be a whole number from 32 to 4096"),
-    (["--seed", "-1"], "--seed"),
-    (["--seed", "18446744073709551616"], "--seed: must be a whole number from 0 to"),
-    (["--lr", "layer4=1e-3"], "--lr layer4=...: only what learns has a rate, here fc"),
-    (["--lr", "1e-3"], "--lr: '1e-3' is not STAGE=RATE"),
-    (["--lr", "fc=fast"], "--lr: 'fc=fast' is not STAGE=RATE with a finite rate above 0"),
-    (["--lr", "fc=0"], "--lr: 'fc=0' is not STAGE=RATE with a finite rate above 0"),
-    (["--lr", "fc=nan"], "--lr: 'fc=nan' is not"),
-    (["--lr", "fc=inf"], "--lr: 'fc=inf' is not"),
-    (["--weights", "nowhere.pth"], "no weights file nowhere.pth: --weights takes imagenet, none or"),
-    (["--weights", __file__], "test_commands.py holds no state_dict of torchvision's resnet18"),
-    (["--dataset", "mnist"], "--dataset: invalid choice: 'mnist'"),
-    (["--dataset", "folder", "--data-dir", "nowhere"], "no .*/nowhere/train: --dataset folder reads"),
-    (["--train-size", "2001"], "train size must be from 10 .* to 2000"),
-    (["--train-size", "9"], "train size must be from 10"),
-    (["--out", "/proc/nothing"], "cannot write to /proc/nothing/.*: choose another --out"),
-    (["--out", __file__], "cannot write to .*: choose another --out"),
-    (["--image-size", "32", "--unfreeze", "layer4", "--train-size", "21", "--batch-size", "20"], "leaves a batch of one"),
-    (["--nothing"], "unrecognized arguments: --nothing"),
-    (["--epoch", "3"], "unrecognized arguments: --epoch"),
-    pytest.param(["--device", "cuda"], "--device cuda: this PyTorch .* sees no cuda device; --device auto",
-                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
-])
-def test_train_refuses_in_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, flags, expected):
-    monkeypatch.chdir(tmp_path)
-    line = complaint(train.main, [*SMALL, *flags], capsys)
-    assert re.search(expected, line), line
-    assert not everything_below(tmp_path)
-
-
-@pytest.mark.parametrize("flags, expected", [
-    (["nowhere.pt"], "no checkpoint nowhere.pt"),
-    ([__file__], "test_commands.py is not a checkpoint that train.py wrote whole"),
-    (["weights.pt"], "weights.pt is not a checkpoint that train.py wrote whole"),
-    (["half.pt"], "half.pt is not a checkpoint that train.py wrote whole"),
-    (["good.pt", "nowhere.pt"], "no checkpoint nowhere.pt"),
-    (["good.pt", "--image", "nowhere.jpg"], "cannot read the picture nowhere.jpg"),
-    (["good.pt", "--image", __file__], "cannot read the picture .*test_commands.py"),
-    (["good.pt", "--image", __file__, "--per-class"], "one at a time"),
-    (["good.pt", "--csv", "/proc/nothing/summary.csv"], "cannot write --csv /proc/nothing/summary.csv: No such file"),
-    (["good.pt", "--csv", "."], "--csv . is a folder: name a file"),
-    ([], "the following arguments are required: CHECKPOINT"),
-])
-def test_evaluate_refuses_in_one_line_and_writes_nothing(finished, tmp_path, monkeypatch, capsys, flags, expected):
-    monkeypatch.chdir(tmp_path)
-    good = (finished / "checkpoint.pt").read_bytes()
-    Path("good.pt").write_bytes(good)
-    Path("half.pt").write_bytes(good[:len(good) // 2])
-    torch.save({"fc.bias": torch.zeros(3)}, "weights.pt")
-    before = everything_below(tmp_path)
-    line = complaint(evaluate.main, flags, capsys)
-    assert re.search(expected, line), line
-    assert everything_below(tmp_path) == before
-
-
 # ---------------------------------------------------------------- the shell scripts
 
 
@@ -324,16 +249,6 @@ def test_the_demo_only_presets_flags(scripts):
     _, log = scripts("run_all.sh", "--demo", "--device", "cpu")
     preset = "--dataset synthetic --weights none --image-size 32 --train-size 100 --batch-size 50"
     assert len(log) == 3 and all(line.endswith(f"--out results/demo --resume {preset} --device cpu") for line in log[:2])
-
-
-@pytest.mark.parametrize("flags, expected", [
-    (["--unfreeze", "layer2"], "the runs themselves set --unfreeze"), (["--epochs=3"], "the runs themselves set --epochs"),
-    (["--seed", "1"], 'for seeds SEEDS="0 1 2"'), (["--out"], "--out needs a folder"), (["--out", ""], "--out needs a folder"),
-])
-def test_run_all_refuses(scripts, flags, expected):
-    done, log = scripts("run_all.sh", *flags)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("run_all.sh: error: ") and expected in line and not log
 
 
 def test_run_all_stops_at_a_run_that_fails(scripts):

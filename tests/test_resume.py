@@ -40,7 +40,7 @@ def same(one: Path, two: Path) -> None:
 
 def test_killed_at_any_moment_and_resumed_it_ends_as_if_nothing_had_been(run, tmp_path, pytestconfig):
     """In the fill, in the middle of an epoch, while writing: the moments are random, the seed is printed."""
-    flags = ["--unfreeze", "layer4", "--epochs", "2", "8", "--train-size", "200"]
+    flags = ["--unfreeze", "layer4", "--epochs", "2", "6"]
     whole = run(*flags)
     seed = random.randrange(10**6)
     moments = random.Random(seed)
@@ -50,18 +50,18 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_nothing_had_been(run, tm
         process = command("train.py", *SMALL, *flags, "--resume", "--out", str(tmp_path / "killed"))
         started = process.stdout.readline()  # its directory, or that it is finished: imports are over
         if "finished" in started and process.wait() == 0 and (tmp_path / "killed" / whole.name / "checkpoint.pt").exists() \
-                and len(checkpoint(tmp_path / "killed" / whole.name)["history"]) == 8:
+                and len(checkpoint(tmp_path / "killed" / whole.name)["history"]) == 6:
             for folder in (tmp_path / "killed").iterdir():  # all done before all kills were: once more
                 for file in folder.iterdir():
                     file.unlink()
             continue
-        time.sleep(moments.uniform(0, 3))
+        time.sleep(moments.uniform(0, 2.5))
         process.kill()
         process.communicate()
         kills += 1
     for _ in range(2):  # the second finds nothing to do
         run(*flags, "--resume", "--out", str(tmp_path / "killed"))
-    for folder in (whole, whole.with_name(whole.name.replace("e8", "e2"))):
+    for folder in (whole, whole.with_name(whole.name.replace("e6", "e2"))):
         same(folder, tmp_path / "killed" / folder.name)
         assert {file.name for file in (tmp_path / "killed" / folder.name).iterdir()} == {"history.csv", "checkpoint.pt"}
 
