@@ -149,12 +149,13 @@ def test_the_second_of_two_runs_into_one_directory_stops_and_the_lock_dies_with_
     folder = run("--epochs", "1")
     before = (folder / "checkpoint.pt").read_bytes()
     holder = os.open(folder, os.O_RDONLY)
-    fcntl.flock(holder, fcntl.LOCK_EX)  # what another process would hold
+    fcntl.flock(holder, fcntl.LOCK_SH | fcntl.LOCK_NB)  # less than what another run would hold
     with pytest.raises(SystemExit, match="2"):
         run("--epochs", "1", "--out", str(folder.parent))
     assert f"another run is writing to {folder}: wait for its end" in capsys.readouterr().err
     assert (folder / "checkpoint.pt").read_bytes() == before
     os.close(holder)
+    (folder / ".checkpoint.pt.123.part").touch()  # what it was writing when it was killed
     run("--epochs", "1", "--out", str(folder.parent))
     assert sorted(file.name for file in folder.iterdir()) == ["checkpoint.pt", "history.csv"]
 
