@@ -144,7 +144,9 @@ def fill_all(features: Sequence[Features], place: str, device: torch.device, fol
     are now, and how many features were computed."""
     try:
         return place, sum(feature.fill(place, folder) for feature in features)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:  # a CPU's allocator raises a plain RuntimeError
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
         for feature in features:
             feature.store = None
     room = free_memory("host", device, folder) - sum(feature.bytes for feature in features)

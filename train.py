@@ -104,8 +104,8 @@ def plain(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-def resume(directories: dict[int, Path], args: argparse.Namespace) -> tuple[dict | None, dict[int, Path]]:
-    """The checkpoint to go on from, if there is one, and the runs that are not finished, by epochs.
+def resume(directories: dict[int, Path], args: argparse.Namespace) -> tuple[dict | None, dict[int, list]]:
+    """The checkpoint to go on from, if there is one, and the history so far of each run.
     Raises ValueError or OSError for one that is damaged or of another run."""
     saved = {}
     for epochs, directory in directories.items():
@@ -119,10 +119,10 @@ def resume(directories: dict[int, Path], args: argparse.Namespace) -> tuple[dict
                 if before.get(name) != now[name]:
                     raise ValueError(f"--resume: {file} was trained with --{name.replace('_', '-')} {before.get(name)}, "
                                      f"not {now[name]}: use that, or another --out")
-    unfinished = {epochs: directory for epochs, directory in directories.items()
-                  if epochs not in saved or len(saved[epochs]["history"]) < epochs}
-    usable = [checkpoint for checkpoint in saved.values() if len(checkpoint["history"]) <= min(unfinished, default=0)]
-    return max(usable, key=lambda checkpoint: len(checkpoint["history"]), default=None), unfinished
+    done = {epochs: saved[epochs]["history"] if epochs in saved else [] for epochs in directories}
+    first = min((epochs for epochs in done if len(done[epochs]) < epochs), default=0)
+    usable = [checkpoint for checkpoint in saved.values() if len(checkpoint["history"]) <= first]
+    return max(usable, key=lambda checkpoint: len(checkpoint["history"]), default=None), done
 
 
 def lock(directory: Path) -> int:
@@ -159,14 +159,14 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device)
         directories = {epochs: args.out / run_name(args, unfrozen, epochs) for epochs in sorted(set(args.epochs))}
-        checkpoint = None
-        if args.resume:
-            checkpoint, unfinished = resume(directories, args)
-            for epochs in directories.keys() - unfinished.keys():
-                print(f"{directories[epochs]}: finished")
-            if not unfinished:
-                return
-            directories = unfinished
+        checkpoint, done = resume(directories, args) if args.resume else (None, {epochs: [] for epochs in directories})
+        for epochs in [epochs for epochs in directories if len(done[epochs]) >= epochs]:
+            directory = directories.pop(epochs)
+            held.callback(os.close, lock(directory))
+            write_csv(directory / "history.csv", HISTORY, [row.values() for row in done[epochs]])  # if it was killed before that
+            print(f"{directory}: finished")
+        if not directories:
+            return
         weights = freeze.load_weights(args.weights)
         train = data.load(args.dataset, "train", args.data_dir, args.image_size)
         if args.train_size:
@@ -179,6 +179,11 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
             raise ValueError(f"--batch-size {args.batch_size} leaves a batch of one of the {len(train.labels)} images, "
                              "from which layer4's BatchNorm cannot learn at --image-size 32: change either")
         model = freeze.build(len(train.classes), weights, args.seed).to(device)
+        if checkpoint and (checkpoint["classes"], checkpoint["precision"]) != (list(train.classes), precision):
+            raise ValueError(f"--resume: {args.data_dir} has other classes than the run began with, or the precision was "
+                             f"{checkpoint['precision']} and is {precision} now: choose another --out")
+        if checkpoint:  # before the cut, so that what is frozen is the checkpoint's too
+            model.load_state_dict(checkpoint["model"])
         freeze.freeze(model, unfrozen)
         prefix, tail = freeze.split(model, unfrozen)
         dtype = PRECISIONS[precision]
@@ -188,6 +193,8 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         place, reason = choose_place(args.cache, [inputs, test_inputs], device, cache)
         for directory in directories.values():
             held.callback(os.close, lock(directory))
+        if args.resume and any(resume({epochs: directories[epochs]}, args)[1][epochs] != done[epochs] for epochs in directories):
+            raise OSError("another run went on with these meanwhile: the same command again goes on from there")
     except (OSError, ValueError, MemoryError) as error:
         data.progress()
         parser.error(str(error))
@@ -230,8 +237,9 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         step = Replayed(step)
     history = []
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:
+            group["capturable"] = cuda  # whatever device it comes from
         scaler.load_state_dict(checkpoint["scaler"])
         history, began = checkpoint["history"], began - checkpoint["seconds"]
         print(f"resumed  after epoch {len(history)}")
@@ -265,7 +273,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         values = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, trained - start, time.monotonic() - trained)
         history.append(dict(zip(HISTORY, values, strict=True)))
         for epochs, directory in directories.items():
-            if epoch <= epochs:
+            if len(done[epochs]) < epoch <= epochs:  # what has come further is not taken back
                 about["arguments"]["epochs"] = epochs
                 file = io.BytesIO()  # torch.save says less than a sentence when a disk is full
                 torch.save(about | {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history,

@@ -15,6 +15,7 @@ from conftest import ROOT, SMALL, checkpoint, history
 
 import evaluate
 import features
+import freeze
 import train
 
 LOSSES = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
@@ -38,16 +39,17 @@ def same(one: Path, two: Path) -> None:
 # ---------------------------------------------------------------- killed
 
 
-def test_killed_at_any_moment_and_resumed_it_ends_as_if_nothing_had_been(run, tmp_path, pytestconfig):
+def test_killed_at_any_moment_and_resumed_it_ends_as_if_nothing_had_been(tmp_path, pytestconfig):
     """In the fill, in the middle of an epoch, while writing: the moments are random, the seed is printed."""
-    flags = ["--unfreeze", "layer4", "--epochs", "2", "6"]
-    whole = run(*flags)
+    flags = [*SMALL, "--unfreeze", "layer4", "--epochs", "2", "6"]
+    assert command("train.py", *flags, "--out", str(tmp_path / "whole")).wait() == 0
+    short, whole = sorted((tmp_path / "whole").iterdir())
     seed = random.randrange(10**6)
     moments = random.Random(seed)
     print("seed", seed)
     kills = 0
     while kills < pytestconfig.getoption("kills"):
-        process = command("train.py", *SMALL, *flags, "--resume", "--out", str(tmp_path / "killed"))
+        process = command("train.py", *flags, "--resume", "--out", str(tmp_path / "killed"))
         started = process.stdout.readline()  # its directory, or that it is finished: imports are over
         if "finished" in started and process.wait() == 0 and (tmp_path / "killed" / whole.name / "checkpoint.pt").exists() \
                 and len(checkpoint(tmp_path / "killed" / whole.name)["history"]) == 6:
@@ -60,8 +62,8 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_nothing_had_been(run, tm
         process.communicate()
         kills += 1
     for _ in range(2):  # the second finds nothing to do
-        run(*flags, "--resume", "--out", str(tmp_path / "killed"))
-    for folder in (whole, whole.with_name(whole.name.replace("e6", "e2"))):
+        assert command("train.py", *flags, "--resume", "--out", str(tmp_path / "killed")).wait() == 0
+    for folder in (short, whole):
         same(folder, tmp_path / "killed" / folder.name)
         assert {file.name for file in (tmp_path / "killed" / folder.name).iterdir()} == {"history.csv", "checkpoint.pt"}
 
@@ -75,8 +77,13 @@ def test_only_what_is_missing_is_run(run, capsys, lacking):
     expected = checkpoint(long)["model"], checkpoint(short)["model"]
     for folder in {short, long} - set(kept):
         (folder / "checkpoint.pt").unlink()
+    for folder in kept:  # killed between its last two files
+        (folder / "history.csv").unlink()
+        (folder / ".history.csv.123.part").touch()
     capsys.readouterr()
     run("--epochs", "1", "3", "--resume", "--out", str(long.parent))
+    assert all(sorted(file.name for file in folder.iterdir()) == ["checkpoint.pt", "history.csv"] for folder in (short, long))
+    assert len(history(short, "epoch")) == 1 and len(history(long, "epoch")) == 3
     out = capsys.readouterr().out
     assert [line.split("/")[0].strip() for line in out.splitlines() if line[:4].strip().isdecimal()] == {
         "short": ["1"], "long": ["2", "3"], "both": ["1", "2", "3"]}[lacking]
@@ -92,6 +99,39 @@ def test_a_short_run_goes_on_to_a_longer_one(run, capsys):
     assert "resumed  after epoch 1" in capsys.readouterr().out
     same(long, resumed)
     assert checkpoint(resumed)["seconds"] > checkpoint(again)["seconds"]
+
+
+def test_a_shorter_run_does_not_take_a_longer_one_back(run, monkeypatch):
+    long = run("--epochs", "4")
+    saved = checkpoint(long)
+    saved["history"] = saved["history"][:3]  # as if stopped there
+    torch.save(saved, long / "checkpoint.pt")
+    seen, score = [], train.score
+
+    def looking(*arguments):
+        seen.append(len(checkpoint(long)["history"]))
+        return score(*arguments)
+
+    monkeypatch.setattr(train, "score", looking)
+    run("--epochs", "2", "4", "--resume", "--out", str(long.parent))
+    assert seen == [3, 3, 3, 3] and len(checkpoint(long)["history"]) == 4
+
+
+def test_other_classes_than_the_run_began_with(run, capsys, monkeypatch):
+    folder = run("--epochs", "1")
+    saved = checkpoint(folder)
+    torch.save(saved | {"classes": ["other", *saved["classes"][1:]]}, folder / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="2"):
+        run("--epochs", "1", "2", "--resume", "--out", str(folder.parent))
+    assert "has other classes than the run began with" in capsys.readouterr().err
+
+
+def test_other_weights_under_the_same_name_do_not_change_what_is_resumed(run, tmp_path):
+    file, flags = tmp_path / "start.pth", ("--unfreeze", "layer4", "--weights", str(tmp_path / "start.pth"))
+    torch.save(freeze.build(10, seed=1).state_dict(), file)
+    long, short = run(*flags, "--epochs", "3"), run(*flags, "--epochs", "1")
+    torch.save(freeze.build(10, seed=2).state_dict(), file)
+    same(long, run(*flags, "--epochs", "1", "3", "--resume", "--out", str(short.parent)))
 
 
 def test_resuming_with_other_arguments_names_the_difference(run, capsys, tmp_path):
@@ -212,8 +252,10 @@ def test_from_the_device_to_the_host_to_nowhere(monkeypatch, capsys):
 
         def fill(self, place, folder):
             tried.append(place)
-            if place != "off":
+            if place == "device":
                 raise torch.OutOfMemoryError
+            if place == "host":
+                torch.empty(2**60)  # what the CPU's allocator raises is a plain RuntimeError
             return 0
 
     assert features.fill_all([Full()], "device", torch.device("cpu"), Path("features")) == ("off", 0)
