@@ -111,6 +111,17 @@ def param_groups(model: ResNet, unfrozen: Collection[str], learning_rates: dict[
             for name, stage in reversed(stages(model).items()) if name in unfrozen]
 
 
+def vector(stage: nn.Module) -> torch.Tensor:
+    """A copy of all parameters of a stage, BatchNorm's scale and shift among them, float32 [count]."""
+    return torch.cat([parameter.detach().flatten() for parameter in stage.parameters()])
+
+
+def distance(stage: nn.Module, start: torch.Tensor) -> float:
+    """How far a stage's parameters have moved from `start`, which vector gave: the norm of the
+    difference over the norm of the start, from 0 up; 1 is as far as from all zeros."""
+    return ((vector(stage) - start).norm() / start.norm()).item()
+
+
 def split(model: ResNet, unfrozen: Collection[str]) -> tuple[nn.Module, nn.Module]:
     """Cut the model before its first unfrozen stage: model(x) == tail(prefix(x)) in eval mode.
 

@@ -163,7 +163,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         for epochs in [epochs for epochs in directories if len(done[epochs]) >= epochs]:
             directory = directories.pop(epochs)
             held.callback(os.close, lock(directory))
-            write_csv(directory / "history.csv", HISTORY, [row.values() for row in done[epochs]])  # if it was killed before that
+            write_csv(directory / "history.csv", done[epochs][0], [row.values() for row in done[epochs]])  # if it was killed before that
             print(f"{directory}: finished")
         if not directories:
             return
@@ -182,6 +182,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         if checkpoint and (checkpoint["classes"], checkpoint["precision"]) != (list(train.classes), precision):
             raise ValueError(f"--resume: {args.data_dir} has other classes than the run began with, or the precision was "
                              f"{checkpoint['precision']} and is {precision} now: choose another --out")
+        started = {name: (stage, freeze.vector(stage)) for name, stage in freeze.stages(model).items() if name in unfrozen[:-1]}
         if checkpoint:  # before the cut, so that what is frozen is the checkpoint's too
             model.load_state_dict(checkpoint["model"])
         freeze.freeze(model, unfrozen)
@@ -241,7 +242,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         for group in optimizer.param_groups:
             group["capturable"] = cuda  # whatever device it comes from
         scaler.load_state_dict(checkpoint["scaler"])
-        history, began = checkpoint["history"], began - checkpoint["seconds"]
+        history, began = list(checkpoint["history"]), began - checkpoint["seconds"]
         print(f"resumed  after epoch {len(history)}")
     about = {  # plain values, so that the checkpoint can be read with weights_only=True
         "architecture": "resnet18", "classes": list(train.classes), "stages": unfrozen,
@@ -271,7 +272,8 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
             raise FloatingPointError(f"the loss is not finite in epoch {epoch} with --lr {used}: try lower rates; "
                                      f"{directories[max(directories)]} keeps epoch {epoch - 1}, if there was one")
         values = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, trained - start, time.monotonic() - trained)
-        history.append(dict(zip(HISTORY, values, strict=True)))
+        drift = {f"{name}_drift": freeze.distance(stage, start) for name, (stage, start) in started.items()}
+        history.append(dict(zip(HISTORY, values, strict=True)) | drift)
         for epochs, directory in directories.items():
             if len(done[epochs]) < epoch <= epochs:  # what has come further is not taken back
                 about["arguments"]["epochs"] = epochs
@@ -279,7 +281,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
                 torch.save(about | {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history,
                                     "scaler": scaler.state_dict(), "seconds": time.monotonic() - began}, file)
                 data.write_file(directory / "checkpoint.pt", file.getbuffer())
-                write_csv(directory / "history.csv", HISTORY, [row.values() for row in history])
+                write_csv(directory / "history.csv", history[0], [row.values() for row in history])
         data.progress()
         print(f"{epoch:4}/{max(directories):<4} {train_loss:11.4f} {train_accuracy:9.2%} {test_loss:11.4f} "
               f"{test_accuracy:9.2%} {time.monotonic() - start:9.1f}", flush=True)
