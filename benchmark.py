@@ -43,8 +43,9 @@ from torchvision import datasets, transforms
 import data
 import freeze
 import train
-from evaluate import PRECISIONS, autocast, command, device_name, pick_device, pick_precision, write_csv
 from features import Features
+from machine import PRECISIONS, autocast, command, device_name, pick_device, pick_precision
+from runs import write_csv
 
 STRATEGIES = {"fc": ["fc"], "layer4": ["layer4", "fc"], "layer3+layer4": ["layer3", "layer4", "fc"]}
 VARIANTS = ("textbook", "textbook-tuned", "ours-nocache", "ours")

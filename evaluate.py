@@ -10,15 +10,9 @@ checkpoint.
 """
 
 import argparse
-import contextlib
-import csv
-import ctypes
 import functools
-import io
-import platform
-import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,62 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import freeze
+from machine import DEVICES, PRECISIONS, autocast, command, keep_memory, pick_device, pick_precision
+from runs import read_checkpoint, write_csv
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SUMMARY = ("run", "dataset", "unfrozen", "epochs", "seed", "train_loss", "test_loss", "test_accuracy",
            "trainable_parameters", "seconds", "device", "precision", "torch")
-
-
-# ---------------------------------------------------------------- where and how precisely to compute
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: CUDA, then Apple's MPS, then the CPU. Raises ValueError for one that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device in there if there[device])
-    if not there[name]:
-        raise ValueError(f"--device {name}: this PyTorch ({torch.__version__}) sees no {name} device; "
-                         "--device auto takes what is there")
-    return torch.device(name)
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """auto: bf16 where the hardware multiplies it fast, fp16 on older CUDA cards, else fp32.
-
-    The T4 that students get for free answers yes to torch.cuda.is_bf16_supported(), but emulates
-    bf16 slowly: the compute capability, 8 and up, is what tells.
-    """
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
-
-
-def keep_memory() -> None:
-    """Have glibc keep the memory that PyTorch frees. Left alone it returns big blocks to the kernel
-    and gets them back page by page, zeroed, for each layer's output in each step. Without that
-    the cache fill is 1.24 times as fast on 2 cores (medians of 3, fc + layer4 at 224x224)."""
-    with contextlib.suppress(OSError, AttributeError):  # another libc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
-
-
-def device_name(device: torch.device) -> str:
-    """What a figure was measured on: the GPU's name, or the processor's and its threads in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-    return f"{name} {device.type} ({torch.get_num_threads()} threads)"
 
 
 # ---------------------------------------------------------------- scoring
@@ -113,30 +56,6 @@ def whole_model_logits(model: nn.Module, pixels: torch.Tensor, image_size: int, 
     logits = predict(model, batches(), device, precision).cpu()
     data.progress()
     return logits
-
-
-def read_checkpoint(path: str) -> tuple[dict, nn.Module]:
-    """What train.py saved, and the whole trained model, rebuilt from nothing else.
-    Raises OSError or ValueError naming the file."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = freeze.build(len(checkpoint["classes"]))
-        model.load_state_dict(checkpoint["model"])
-        summary_row(path, checkpoint, 0.0, 0.0)  # everything else that is asked of it is there
-    except Exception as error:  # torch.load meets a foreign file with many kinds of errors
-        raise ValueError(f"{path} is not a checkpoint that train.py wrote whole") from error
-    return checkpoint, model
-
-
-def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
-    """A CSV file that appears whole or not at all. Raises OSError."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(header)
-    writer.writerows(rows)
-    data.write_file(path, text.getvalue().encode())
 
 
 def summary_row(path: str, checkpoint: dict, loss: float, accuracy: float) -> dict:
@@ -172,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint.pt files of train.py")
     parser.add_argument("--csv", metavar="FILE", help="write a row per checkpoint to this file")
     parser.add_argument("--per-class", action="store_true", help="accuracy per class, and confusion.csv")
-    parser.add_argument("--image", nargs="+", metavar="PICTURE", 
+    parser.add_argument("--image", nargs="+", metavar="PICTURE",
                         help="after the checkpoints: the top five classes of these pictures, no scoring")
     parser.add_argument("--data-dir", help="where the data set is now (default: where it was)")
     parser.add_argument("--device", choices=DEVICES, help="default: as in training")
@@ -222,27 +141,6 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--csv: {error}")
     if failed:
         sys.exit(2)
-
-
-def command(main: Callable[[], None], when_stopped: str) -> None:
-    """Run a script so that it ends with one line in place of a traceback: Ctrl-C with status 130,
-    SIGTERM with 143; a disk or a memory that is full, or a loss that is not finite, with 1."""
-
-    def terminate(*_) -> None:
-        raise KeyboardInterrupt(128 + signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        return main()
-    except KeyboardInterrupt as stop:
-        status, line = stop.args[0] if stop.args else 130, f"stopped; {when_stopped}"
-    except torch.OutOfMemoryError:
-        status, line = 1, "error: the device's memory is full: lower --batch-size or --image-size, or try --cache host"
-    except (OSError, FloatingPointError) as error:
-        status, line = 1, f"error: {error}"
-    data.progress()
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ through the prefix into a lookup.
     for x in train.batches(128, order, flips):
 """
 
+import functools
 import hashlib
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from data import progress, transform, whole_file
+from machine import free_memory, memory_is_full
 
 PLACES = ("auto", "device", "host", "disk", "off")
 ROOM = 2 * 2**30  # bytes left free for training beside the cache
@@ -92,14 +93,20 @@ class Features:
         """Compute every feature once and keep it on the "device", on the "host" or, for "disk", in a
         file in `folder`, where later runs find it; "off" keeps nothing. Returns how many were
         computed. Raises OSError if the file cannot be written."""
-        if place == "off" or (place == "disk" and self.found(self.file(folder))):
+        file = folder / self.name
+        if place == "off" or (place == "disk" and self.found(file)):
             return 0
         if place == "disk":
-            with whole_file(self.file(folder)) as part, open(part, "wb") as out:
+            for part in folder.glob(".*.part"):
+                if time.time() - part.stat().st_mtime > 3600:  # a killed run's
+                    part.unlink(missing_ok=True)
+            with whole_file(file) as part, open(part, "wb") as out:
                 for _, block in self.blocks():
                     out.write(block.cpu().contiguous().view(torch.uint8).numpy())
-            if not self.found(self.file(folder)):
-                raise OSError(f"{self.file(folder)} does not hold what was written to it")
+                out.flush()
+                os.fsync(out.fileno())  # on the disk before it has its name, whatever happens to the machine
+            if not self.found(file):
+                raise OSError(f"{file} does not hold what was written to it")
         else:
             store = torch.empty(self.shape, dtype=self.dtype, device=self.device if place == "device" else "cpu")
             for first, block in self.blocks():
@@ -118,13 +125,14 @@ class Features:
                      f"{(total - done) / rate / 60:.0f} minutes left")
         progress()
 
-    def file(self, folder: Path) -> Path:
-        """Where these features are on disk, named by a hash of all that they depend on."""
+    @functools.cached_property
+    def name(self) -> str:
+        """The name of these features' file: a hash of all that they depend on."""
         settings = repr((self.prefix, self.shape, self.image_size, self.dtype, self.device.type))
         digest = hashlib.sha256(settings.encode())
         for tensor in (*self.prefix.state_dict().values(), self.pixels):
             digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-        return folder / f"{digest.hexdigest()[:16]}.features"
+        return f"{digest.hexdigest()[:16]}.features"
 
     def found(self, file: Path) -> bool:
         """Takes a file as the store if it is whole and some rows are what the prefix computes now."""
@@ -144,8 +152,8 @@ def fill_all(features: Sequence[Features], place: str, device: torch.device, fol
     are now, and how many features were computed."""
     try:
         return place, sum(feature.fill(place, folder) for feature in features)
-    except (RuntimeError, MemoryError) as error:  # a CPU's allocator raises a plain RuntimeError
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not memory_is_full(error):
             raise
         for feature in features:
             feature.store = None
@@ -166,7 +174,7 @@ def choose_place(wanted: str, features: Sequence[Features], device: torch.device
     need = sum(feature.bytes for feature in features)
     text = f"{need / 1e9:.2f} GB of features"
     if wanted == "disk":  # what is there takes no more room
-        need -= sum(feature.bytes for feature in features if feature.file(folder).exists())
+        need -= sum(feature.bytes for feature in features if (folder / feature.name).exists())
     if wanted == "off":
         return "off", f"off as asked, {text} recomputed in every epoch"
     if wanted == "auto" and not len(features[0].prefix):
@@ -175,31 +183,10 @@ def choose_place(wanted: str, features: Sequence[Features], device: torch.device
     where = {"device": "in device memory", "host": "in host memory", "disk": f"in {folder}"}
     free = {place: free_memory(place, device, folder) for place in places}
     for place in places:
-        if need + ROOM <= free[place]:
+        if not need or need + ROOM <= free[place]:
             return place, f"{text} {where[place]}, {free[place] / 1e9:.1f} GB were free"
     found = ", ".join(f"{free[place] / 1e9:.1f} GB free {where[place]}" for place in places)
     shortage = f"{text} and {ROOM / 1e9:.1f} GB for training do not fit ({found})"
     if wanted != "auto":
         raise ValueError(f"--cache {wanted}: {shortage}; try --cache off, --train-size or a smaller --image-size")
     return "off", f"off, {shortage}; --cache disk takes a file"
-
-
-def free_memory(place: str, device: torch.device, folder: Path) -> int:
-    """Bytes that can be allocated on the "device" or the "host" without swapping, or on the "disk"
-    that `folder` is on or will be.
-
-    Only a CUDA device has memory of its own here: Apple's GPUs share the host's.
-    """
-    if place == "disk":
-        return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
-    if place == "device" and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if not Path("/proc/meminfo").exists():  # macOS: what is free is not told, half of all is a guess
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")  # a container's own limit; its file cache can be reclaimed
-    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
-        free = min(free, int(limit) - int((group / "memory.current").read_text()) + int(cached))
-    return free

@@ -15,12 +15,8 @@ own under --out.
 
 import argparse
 import contextlib
-import fcntl
-import io
 import math
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,12 +28,11 @@ import torchvision
 
 import data
 import freeze
-from evaluate import (DEVICES, PRECISIONS, autocast, command, device_name, keep_memory, pick_device, pick_precision,
-                      predict, read_checkpoint, score, write_csv)
+import runs
+from evaluate import predict, score
 from features import PLACES, Features, choose_place, fill_all
+from machine import DEVICES, PRECISIONS, autocast, command, device_name, keep_memory, pick_device, pick_precision
 from replay import Replayed
-
-HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "train_seconds", "test_seconds")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -99,49 +94,6 @@ def run_name(args: argparse.Namespace, unfrozen: list[str], epochs: int) -> str:
     return name + "".join(f"-{stage}={rate:g}" for stage, rate in sorted(args.lr))
 
 
-def plain(args: argparse.Namespace) -> dict:
-    """The arguments as values that a checkpoint can hold."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
-def resume(directories: dict[int, Path], args: argparse.Namespace) -> tuple[dict | None, dict[int, list]]:
-    """The checkpoint to go on from, if there is one, and the history so far of each run.
-    Raises ValueError or OSError for one that is damaged or of another run."""
-    saved = {}
-    for epochs, directory in directories.items():
-        file = directory / "checkpoint.pt"
-        if file.exists():
-            saved[epochs], _ = read_checkpoint(str(file))
-            if "optimizer" not in saved[epochs]:
-                raise ValueError(f"--resume: {file} is of an older version, without the optimizer's state: delete it")
-            before, now = saved[epochs]["arguments"], plain(args)
-            for name in now.keys() - {"epochs", "resume", "cache", "out"}:
-                if before.get(name) != now[name]:
-                    raise ValueError(f"--resume: {file} was trained with --{name.replace('_', '-')} {before.get(name)}, "
-                                     f"not {now[name]}: use that, or another --out")
-    done = {epochs: saved[epochs]["history"] if epochs in saved else [] for epochs in directories}
-    first = min((epochs for epochs in done if len(done[epochs]) < epochs), default=0)
-    usable = [checkpoint for checkpoint in saved.values() if len(checkpoint["history"]) <= first]
-    return max(usable, key=lambda checkpoint: len(checkpoint["history"]), default=None), done
-
-
-def lock(directory: Path) -> int:
-    """Makes the run's directory and holds it until the process ends or the returned descriptor is closed."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-        descriptor = os.open(directory, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for part in directory.glob(".*.part"):  # what a killed run was writing
-            part.unlink()
-    except BlockingIOError:
-        os.close(descriptor)
-        raise OSError(f"another run is writing to {directory}: wait for its end, or choose another --out") from None
-    except OSError as error:
-        raise OSError(f"cannot write to {directory} ({error.strerror}): choose another --out") from error
-    return descriptor
-
-
 def main(argv: list[str] | None = None) -> None:
     with contextlib.ExitStack() as held:
         run(argv, held)
@@ -158,15 +110,6 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
             raise ValueError(f"--lr {frozen.pop()}=...: only what learns has a rate, here {' and '.join(unfrozen)}")
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device)
-        directories = {epochs: args.out / run_name(args, unfrozen, epochs) for epochs in sorted(set(args.epochs))}
-        checkpoint, done = resume(directories, args) if args.resume else (None, {epochs: [] for epochs in directories})
-        for epochs in [epochs for epochs in directories if len(done[epochs]) >= epochs]:
-            directory = directories.pop(epochs)
-            held.callback(os.close, lock(directory))
-            write_csv(directory / "history.csv", done[epochs][0], [row.values() for row in done[epochs]])  # if it was killed before that
-            print(f"{directory}: finished")
-        if not directories:
-            return
         weights = freeze.load_weights(args.weights)
         train = data.load(args.dataset, "train", args.data_dir, args.image_size)
         if args.train_size:
@@ -179,11 +122,26 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
             raise ValueError(f"--batch-size {args.batch_size} leaves a batch of one of the {len(train.labels)} images, "
                              "from which layer4's BatchNorm cannot learn at --image-size 32: change either")
         model = freeze.build(len(train.classes), weights, args.seed).to(device)
-        if checkpoint and (checkpoint["classes"], checkpoint["precision"]) != (list(train.classes), precision):
-            raise ValueError(f"--resume: {args.data_dir} has other classes than the run began with, or the precision was "
-                             f"{checkpoint['precision']} and is {precision} now: choose another --out")
-        started = {name: (stage, freeze.vector(stage)) for name, stage in freeze.stages(model).items() if name in unfrozen[:-1]}
-        if checkpoint:  # before the cut, so that what is frozen is the checkpoint's too
+        learning_rates = " ".join(f"{stage}={rates[stage]:g}" for stage in unfrozen)
+        settings = {  # what makes a run the run it is
+            "--unfreeze": " ".join(unfrozen), "--lr": learning_rates, "--batch-size": args.batch_size,
+            "--image-size": args.image_size, "--train-size": args.train_size or "all", "--seed": args.seed,
+            "--device": device.type, "--precision": precision, "classes": ", ".join(train.classes),
+            "images of sha256": runs.fingerprint(train.pixels, train.labels, test.pixels, test.labels),
+            "weights of sha256": runs.fingerprint(*model.state_dict().values()),
+        }
+        directories = {epochs: args.out / run_name(args, unfrozen, epochs) for epochs in sorted(args.epochs)}
+        for directory in directories.values():
+            held.enter_context(runs.locked(directory))
+        checkpoint, done = runs.resume(directories, settings) if args.resume else (None, {})
+        for epochs in [epochs for epochs in done if len(done[epochs]) >= epochs]:
+            directory = directories.pop(epochs)
+            runs.write_history(directory, done[epochs])  # in case it was killed just before that
+            print(f"{directory}: finished")
+        if not directories:
+            return
+        pretrained = {name: (stage, freeze.vector(stage)) for name, stage in freeze.stages(model).items() if name in unfrozen[:-1]}
+        if checkpoint:
             model.load_state_dict(checkpoint["model"])
         freeze.freeze(model, unfrozen)
         prefix, tail = freeze.split(model, unfrozen)
@@ -192,10 +150,6 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         test_inputs = Features(prefix, test.pixels, args.image_size, device, dtype, mirrored=False)
         cache = args.out / "features"
         place, reason = choose_place(args.cache, [inputs, test_inputs], device, cache)
-        for directory in directories.values():
-            held.callback(os.close, lock(directory))
-        if args.resume and any(resume({epochs: directories[epochs]}, args)[1][epochs] != done[epochs] for epochs in directories):
-            raise OSError("another run went on with these meanwhile: the same command again goes on from there")
     except (OSError, ValueError, MemoryError) as error:
         data.progress()
         parser.error(str(error))
@@ -239,21 +193,20 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
     history = []
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        for group in optimizer.param_groups:
-            group["capturable"] = cuda  # whatever device it comes from
         scaler.load_state_dict(checkpoint["scaler"])
         history, began = list(checkpoint["history"]), began - checkpoint["seconds"]
         print(f"resumed  after epoch {len(history)}")
     about = {  # plain values, so that the checkpoint can be read with weights_only=True
-        "architecture": "resnet18", "classes": list(train.classes), "stages": unfrozen,
-        "arguments": plain(args), "learning_rates": rates,
+        "architecture": "resnet18", "classes": list(train.classes), "stages": unfrozen, "settings": settings,
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "device": device_name(device), "precision": precision, "fill_seconds": fill_seconds,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                      "torchvision": torchvision.__version__, "numpy": np.__version__},
     }
     print("    epoch  train loss  accuracy   test loss  accuracy   seconds", flush=True)
-    for epoch in range(len(history) + 1, max(directories) + 1):
+    longest = max(directories)
+    for epoch in range(len(history) + 1, longest + 1):
         start = time.monotonic()
         freeze.train_mode(model, unfrozen)
         order, flips = data.epoch_order(len(inputs), args.seed, epoch)
@@ -268,22 +221,18 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         data.progress(f"epoch {epoch}: testing")
         test_loss, test_accuracy = score(predict(tail, test_inputs.batches(128), device, precision), test_labels)
         if not math.isfinite(train_loss + test_loss):
-            used = " ".join(f"{stage}={rates[stage]:g}" for stage in unfrozen)
-            raise FloatingPointError(f"the loss is not finite in epoch {epoch} with --lr {used}: try lower rates; "
-                                     f"{directories[max(directories)]} keeps epoch {epoch - 1}, if there was one")
-        values = (epoch, train_loss, train_accuracy, test_loss, test_accuracy, trained - start, time.monotonic() - trained)
-        drift = {f"{name}_drift": freeze.distance(stage, start) for name, (stage, start) in started.items()}
-        history.append(dict(zip(HISTORY, values, strict=True)) | drift)
-        for epochs, directory in directories.items():
-            if len(done[epochs]) < epoch <= epochs:  # what has come further is not taken back
-                about["arguments"]["epochs"] = epochs
-                file = io.BytesIO()  # torch.save says less than a sentence when a disk is full
-                torch.save(about | {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history,
-                                    "scaler": scaler.state_dict(), "seconds": time.monotonic() - began}, file)
-                data.write_file(directory / "checkpoint.pt", file.getbuffer())
-                write_csv(directory / "history.csv", history[0], [row.values() for row in history])
+            raise FloatingPointError(f"the loss is not finite in epoch {epoch} with --lr {learning_rates}: try lower rates; "
+                                     f"{directories[longest]} keeps epoch {epoch - 1}, if there was one")
+        history.append({"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "test_loss": test_loss,
+                        "test_accuracy": test_accuracy, "train_seconds": trained - start, "test_seconds": time.monotonic() - trained}
+                       | {f"{name}_drift": freeze.distance(stage, before) for name, (stage, before) in pretrained.items()})
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                 "history": history, "seconds": time.monotonic() - began}
+        for epochs in {epoch, longest} & directories.keys():
+            if epoch > len(done.get(epochs, [])):  # what has come further is not taken back
+                runs.write(directories[epochs], about | state)
         data.progress()
-        print(f"{epoch:4}/{max(directories):<4} {train_loss:11.4f} {train_accuracy:9.2%} {test_loss:11.4f} "
+        print(f"{epoch:4}/{longest:<4} {train_loss:11.4f} {train_accuracy:9.2%} {test_loss:11.4f} "
               f"{test_accuracy:9.2%} {time.monotonic() - start:9.1f}", flush=True)
         if epoch in directories:
             print(f"saved    {directories[epoch]}/checkpoint.pt and history.csv, {time.monotonic() - began:.1f} s in all")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import data
-import evaluate
 import features
 import freeze
+import machine
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def float64(monkeypatch):
     the gradient, so float32's rounding grows to 1e-4 of the loss in a few steps; float64's does not."""
     build = freeze.build
     monkeypatch.setattr(freeze, "build", lambda *args, **kwargs: build(*args, **kwargs).double())
-    monkeypatch.setitem(evaluate.PRECISIONS, "fp32", torch.float64)
+    monkeypatch.setitem(machine.PRECISIONS, "fp32", torch.float64)
     monkeypatch.setattr(features, "transform", lambda pixels, size, dtype, flips: data.transform(
         pixels, size, torch.float32, flips).double())
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 import evaluate
+import runs
 import train
 
 CLASSES = data.synthetic("train").classes
@@ -58,12 +59,13 @@ def test_what_a_run_leaves(finished):
     assert {file.name for file in finished.iterdir()} == {"history.csv", "checkpoint.pt"}
     table = rows(finished / "history.csv")
     assert list(table[0])[:6] == ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "train_seconds"]
+    assert list(table[0])[6:] == ["test_seconds", "layer4_drift"]
     assert [row["epoch"] for row in table] == ["1", "2"]
     assert all(0 <= float(row[name]) <= 1 for row in table for name in ("train_accuracy", "test_accuracy"))
     saved = checkpoint(finished)  # read with weights_only=True: plain values and tensors
     assert saved["classes"] == list(CLASSES) and saved["stages"] == ["layer4", "fc"]
     assert saved["architecture"] == "resnet18" and saved["arguments"]["image_size"] == 48
-    assert saved["learning_rates"]["layer4"] == 1e-3 and saved["trainable_parameters"] == 8_398_858
+    assert saved["settings"]["--lr"] == "layer4=0.001 fc=0.001" and saved["trainable_parameters"] == 8_398_858
     assert saved["versions"]["torch"] == torch.__version__ and len(saved["history"]) == 2
 
 
@@ -154,7 +156,7 @@ def test_naming_pictures(finished, tmp_path, capsys):
 def test_a_picture_is_prepared_as_in_training(finished, tmp_path, capsys):
     """The class named for a picture of the test set is the class that scoring predicts for it."""
     images = data.synthetic("test")
-    _, model = evaluate.read_checkpoint(str(finished / "checkpoint.pt"))
+    _, model = runs.read_checkpoint(str(finished / "checkpoint.pt"))
     predicted = model.eval()(data.transform(images.pixels[:8], 48)).softmax(1)
     files = [tmp_path / f"{i}.png" for i in range(8)]
     for pixels, file in zip(images.pixels, files):

@@ -1,6 +1,7 @@
 """Where the prefix's outputs are kept, and that looking one up is computing it."""
 
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 import data
 import features
 import freeze
+import machine
 from conftest import history
 from features import ROOM, Features, choose_place
 
@@ -101,6 +103,15 @@ def test_a_damaged_file_is_computed_again(images, tmp_path, damage):
     assert computed == 40 and torch.equal(again.store, expected) and list(tmp_path.iterdir()) == [file]
 
 
+def test_what_killed_fills_left_is_removed_and_what_is_being_written_is_not(images, tmp_path):
+    old, new = tmp_path / ".1234.features.99.part", tmp_path / ".5678.features.98.part"
+    for part, age in ((old, 4000), (new, 100)):
+        part.touch()
+        os.utime(part, (time.time() - age,) * 2)
+    on_disk(images, tmp_path)
+    assert not old.exists() and new.exists()
+
+
 def test_a_fill_that_is_interrupted_leaves_no_file(images, tmp_path, monkeypatch):
     monkeypatch.setattr(Features, "blocks", lambda self: iter([(0, torch.zeros(16, 3, 3, 256)), 1 / 0]))
     with pytest.raises(ZeroDivisionError):
@@ -160,20 +171,30 @@ def test_without_a_prefix_there_is_nothing_to_keep(monkeypatch):
 
 def test_a_disk_with_too_little_room_is_told_before_anything_is_written(images, monkeypatch, tmp_path):
     inputs, _ = on_disk(images, tmp_path / "there")
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: SimpleNamespace(free=ROOM // 2))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=ROOM // 2))
     with pytest.raises(ValueError, match=f"--cache disk: .* do not fit .*1.1 GB free in {tmp_path}/not/yet"):
         choose_place("disk", [inputs], CPU, tmp_path / "not/yet")
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: SimpleNamespace(free=ROOM))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     assert choose_place("disk", [inputs], CPU, tmp_path / "there")[0] == "disk"  # it is there already
 
 
 def test_free_memory_is_within_the_machine_s():
-    assert 2**20 < features.free_memory("host", CPU, HERE) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**20 < machine.free_memory("host", CPU, HERE) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_container_s_limit_counts(monkeypatch, tmp_path):
-    for name, text in {"memory.max": "5000000\n", "memory.current": "4000000\n", "memory.stat": "anon 9\ninactive_file 500000\n"}.items():
-        (tmp_path / name).write_text(text)
-    path = features.Path
-    monkeypatch.setattr(features, "Path", lambda name: tmp_path if name == "/sys/fs/cgroup" else path(name))
-    assert features.free_memory("host", CPU, HERE) == 1_500_000
+@pytest.mark.parametrize("version, limit, used, cached", [
+    (2, "memory.max", "memory.current", "inactive_file"),
+    (1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")])
+@pytest.mark.parametrize("limited", ["job/step", "job", "."])  # its own group, or one around it
+def test_a_container_s_limit_counts(monkeypatch, tmp_path, version, limit, used, cached, limited):
+    (tmp_path / "cgroup").write_text("12:cpu:/job/step\n4:memory:/job/step\n" if version == 1 else "0::/job/step\n")
+    root = tmp_path if version == 2 else tmp_path / "memory"
+    (root / "job/step").mkdir(parents=True)
+    for group in ("job/step", "job", "."):
+        for name, text in {limit: "5000000\n" if group == limited else "max\n" if version == 2 else "9223372036854771712\n",
+                           used: "4000000\n", "memory.stat": f"anon 9\n{cached} 500000\n"}.items():
+            (root / group / name).write_text(text)
+    path = machine.Path
+    monkeypatch.setattr(machine, "Path", lambda name: path(str(name).replace("/sys/fs/cgroup", str(tmp_path)).replace(
+        "/proc/self/cgroup", str(tmp_path / "cgroup"))))
+    assert machine.free_memory("host", CPU, HERE) == 1_500_000

@@ -13,9 +13,12 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, checkpoint, history
 
+import data
 import evaluate
 import features
 import freeze
+import machine
+import runs
 import train
 
 LOSSES = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
@@ -68,6 +71,38 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_nothing_had_been(tmp_pat
         assert {file.name for file in (tmp_path / "killed" / folder.name).iterdir()} == {"history.csv", "checkpoint.pt"}
 
 
+def stop_in_epoch(monkeypatch, number: int) -> None:
+    """As Ctrl-C does, when the epoch has trained and before anything of it is kept."""
+    score, calls = train.score, []
+
+    def stopping(*arguments):
+        calls.append(1)
+        if len(calls) == number:
+            monkeypatch.setattr(train, "score", score)
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    monkeypatch.setattr(train, "score", stopping)
+
+
+@pytest.mark.parametrize("epochs", [["4"], ["3", "4"], ["1", "4"]])
+def test_stopped_in_the_middle_it_goes_on_after_its_last_epoch(run, monkeypatch, capsys, epochs):
+    flags = ["--unfreeze", "layer4", "--epochs", *epochs]
+    whole = run(*flags)
+    for stops in (3, 1):  # in its third epoch, and then in the first one of those that are left
+        stop_in_epoch(monkeypatch, stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, "--resume", "--out", str(whole.parent.with_name("stopped")))
+    capsys.readouterr()
+    resumed = run(*flags, "--resume", "--out", str(whole.parent.with_name("stopped")))
+    assert [line.split("/")[0].strip() for line in capsys.readouterr().out.splitlines() if line[:4].strip().isdecimal()] == ["3", "4"]
+    for number in epochs:
+        name = whole.name.replace("e4", f"e{number}")
+        same(whole.with_name(name), resumed.with_name(name))
+        assert history(resumed.with_name(name), "layer4_drift") == history(whole.with_name(name), "layer4_drift")
+        assert {file.name for file in resumed.with_name(name).iterdir()} == {"history.csv", "checkpoint.pt"}
+
+
 @pytest.mark.parametrize("lacking", ["short", "long", "both"])
 def test_only_what_is_missing_is_run(run, capsys, lacking):
     long = run("--epochs", "1", "3")
@@ -117,28 +152,46 @@ def test_a_shorter_run_does_not_take_a_longer_one_back(run, monkeypatch):
     assert seen == [3, 3, 3, 3] and len(checkpoint(long)["history"]) == 4
 
 
-def test_other_classes_than_the_run_began_with(run, capsys, monkeypatch):
-    folder = run("--epochs", "1")
-    saved = checkpoint(folder)
-    torch.save(saved | {"classes": ["other", *saved["classes"][1:]]}, folder / "checkpoint.pt")
-    with pytest.raises(SystemExit, match="2"):
-        run("--epochs", "1", "2", "--resume", "--out", str(folder.parent))
-    assert "has other classes than the run began with" in capsys.readouterr().err
+def test_the_same_run_in_other_words_is_the_same_run(run, tmp_path):
+    first, second = tmp_path / "start.pth", tmp_path / "moved" / "start.pth"
+    second.parent.mkdir()
+    torch.save(freeze.build(10, seed=1).state_dict(), first)
+    flags = ["--unfreeze", "layer3", "layer4", "--lr", "layer3=3e-5", "fc=0.01", "--weights", str(first)]
+    folder, before = run(*flags), time.time_ns()
+    first.rename(second)
+    run("--unfreeze", "layer4", "fc", "layer3", "--lr", "fc=1e-2", "layer3=0.00003", "--weights", str(second), "--device", "auto",
+        "--cache", "off", "--data-dir", str(tmp_path), "--resume", "--out", str(folder.parent))
+    assert [file.name for file in folder.parent.iterdir()] == [folder.name]
+    assert (folder / "checkpoint.pt").stat().st_mtime_ns < before
 
 
-def test_other_weights_under_the_same_name_do_not_change_what_is_resumed(run, tmp_path):
-    file, flags = tmp_path / "start.pth", ("--unfreeze", "layer4", "--weights", str(tmp_path / "start.pth"))
-    torch.save(freeze.build(10, seed=1).state_dict(), file)
-    long, short = run(*flags, "--epochs", "3"), run(*flags, "--epochs", "1")
-    torch.save(freeze.build(10, seed=2).state_dict(), file)
-    same(long, run(*flags, "--epochs", "1", "3", "--resume", "--out", str(short.parent)))
+def test_resuming_another_run_names_the_difference_and_leaves_everything(run, capsys, monkeypatch, tmp_path):
+    """What the folder's name does not tell: the rates' table, a test picture, a label, a class's name, the initial weights."""
+    torch.save(freeze.build(10, seed=1).state_dict(), tmp_path / "start.pth")
+    flags = ["--unfreeze", "layer4", "--weights", str(tmp_path / "start.pth"), "--epochs", "1"]
+    folder = run(*flags)
+    files = {file: file.read_bytes() for file in folder.parent.rglob("*.*")}
 
+    def refused(expected: str, *more: str) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            run(*flags, *more, "--resume", "--out", str(folder.parent))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--resume: {folder}/checkpoint.pt was trained with {expected}" in line and "use that, or another --out" in line
+        assert {file: file.read_bytes() for file in folder.parent.rglob("*.*")} == files
 
-def test_resuming_with_other_arguments_names_the_difference(run, capsys, tmp_path):
-    folder = run("--dataset", "synthetic")
-    with pytest.raises(SystemExit, match="2"):
-        run("--data-dir", str(tmp_path), "--resume", "--out", str(folder.parent))
-    assert f"--resume: {folder}/checkpoint.pt was trained with --data-dir {ROOT}" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setitem(freeze.LEARNING_RATES, "layer4", 3e-4)
+        refused("--lr layer4=0.0001 fc=0.001, not layer4=0.0003 fc=0.001")
+    images = data.synthetic("test")
+    for changed, expected in ((images._replace(pixels=images.pixels ^ 1), "images of sha256 "),
+                              (images._replace(labels=images.labels.roll(1)), "images of sha256 "),
+                              (images._replace(classes=("other", *images.classes[1:])), "classes bars, checks, ")):
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "synthetic", lambda split: changed)
+            refused(expected)
+    torch.save(freeze.build(10, seed=2).state_dict(), tmp_path / "start.pth")
+    refused("weights of sha256 ")
+    refused("weights of sha256 ", "--epochs", "1", "2")  # the longer run's folder is not left behind
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "malicious"])
@@ -188,16 +241,38 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, number, status):
 def test_the_second_of_two_runs_into_one_directory_stops_and_the_lock_dies_with_the_first(run, capsys):
     folder = run("--epochs", "1")
     before = (folder / "checkpoint.pt").read_bytes()
-    holder = os.open(folder, os.O_RDONLY)
-    fcntl.flock(holder, fcntl.LOCK_SH | fcntl.LOCK_NB)  # less than what another run would hold
-    with pytest.raises(SystemExit, match="2"):
-        run("--epochs", "1", "--out", str(folder.parent))
-    assert f"another run is writing to {folder}: wait for its end" in capsys.readouterr().err
-    assert (folder / "checkpoint.pt").read_bytes() == before
+    holder = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)
+    fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for epochs in (["1"], ["1", "2"]):
+        with pytest.raises(SystemExit, match="2"):
+            run("--epochs", *epochs, "--out", str(folder.parent))
+        assert f"another run is writing to {folder}: wait for its end" in capsys.readouterr().err
+        assert (folder / "checkpoint.pt").read_bytes() == before and [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert (folder / ".lock").exists()
     os.close(holder)
     (folder / ".checkpoint.pt.123.part").touch()  # what it was writing when it was killed
     run("--epochs", "1", "--out", str(folder.parent))
     assert sorted(file.name for file in folder.iterdir()) == ["checkpoint.pt", "history.csv"]
+
+
+def test_a_run_holds_its_lock_and_takes_away_what_it_made_and_left_empty(tmp_path):
+    (tmp_path / "there").mkdir()
+    folder = tmp_path / "there/not/yet"
+    with runs.locked(folder):
+        with pytest.raises(OSError, match="another run is writing"), runs.locked(folder):
+            pass
+        assert (folder / ".lock").exists()
+    assert (tmp_path / "there").exists() and not (tmp_path / "there/not").exists()
+    with runs.locked(folder):
+        (folder / "file").touch()
+    assert [file.name for file in folder.iterdir()] == ["file"]
+
+
+def test_a_lock_file_that_its_holder_has_just_removed_holds_nobody_off_and_lets_nobody_in(tmp_path, monkeypatch):
+    """Between opening the file and locking it, the run before unlinked it: the lock would be one that nobody else sees."""
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, _: (tmp_path / ".lock").unlink())
+    with pytest.raises(OSError, match="another run is writing"), runs.locked(tmp_path):
+        pass
 
 
 # ---------------------------------------------------------------- starved, diverging
@@ -263,7 +338,8 @@ def test_from_the_device_to_the_host_to_nowhere(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("error, status, line", [
-    (torch.OutOfMemoryError("CUDA"), 1, "error: the device's memory is full: lower --batch-size"),
+    (torch.OutOfMemoryError("CUDA"), 1, "error: the memory is full: lower --batch-size"), (MemoryError(), 1, "--batch-size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "error: the memory is full: lower --batch-size"),
     (OSError("cannot write x"), 1, "error: cannot write x"), (FloatingPointError("not finite"), 1, "error: not finite"),
     (KeyboardInterrupt(), 130, "stopped; so"), (KeyboardInterrupt(143), 143, "stopped; so")])
 def test_a_script_ends_with_one_line(monkeypatch, capsys, error, status, line):
@@ -272,6 +348,6 @@ def test_a_script_ends_with_one_line(monkeypatch, capsys, error, status, line):
 
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
-        evaluate.command(main, "so")
+        machine.command(main, "so")
     (said,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == status and line in said
