@@ -31,14 +31,29 @@ done
 out=${out:-results${preset:+/demo}}
 
 . "$(dirname "$0")/setup.sh" torch torchvision
+
+# Started beside this script, so that who ends the script ends what it runs, and waits for its last words.
+started() {
+    "$@" &
+    wait $!
+}
+stop() {
+    trap "" INT TERM
+    kill -TERM $! 2>/dev/null || true
+    wait $! || true
+    exit "$1"
+}
+trap "stop 130" INT
+trap "stop 143" TERM
+
 [ "${WITH_FC:-0}" = 0 ] || with_fc=yes
 for seed in ${SEEDS:-0}; do
     for stages in ${with_fc:+""} layer4 "layer3 layer4"; do
         # shellcheck disable=SC2086  # the stages are separate words
-        "$python" "$here/train.py" --unfreeze $stages --epochs 10 50 --seed "$seed" --out "$out" --resume \
+        started "$python" "$here/train.py" --unfreeze $stages --epochs 10 50 --seed "$seed" --out "$out" --resume \
             ${preset[@]+"${preset[@]}"} ${extra[@]+"${extra[@]}"}
         echo
     done
 done
-"$python" "$here/evaluate.py" "$out"/*/checkpoint.pt --csv "$out/summary.csv"
+started "$python" "$here/evaluate.py" "$out"/*/checkpoint.pt --csv "$out/summary.csv"
 echo "table: $out/summary.csv, learning curves: $out/*/history.csv"

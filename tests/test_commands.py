@@ -3,8 +3,10 @@
 import csv
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -219,7 +221,9 @@ case "$1" in
     -c) exit {0 if imports else 1} ;;
     -m) echo "$@" >> "$LOG"
         if [ "$2" = venv ]; then mkdir -p "$4/bin"; sed 's/exit 1 ;;/exit 0 ;;/' "$0" > "$4/bin/python"; chmod +x "$4/bin/python"; fi ;;
-    *) echo "$@" >> "$LOG"; case "$*" in *"$FAIL"*) [ -z "$FAIL" ] || exit 3 ;; esac ;;
+    *) echo "$@" >> "$LOG"
+       if [ -n "$FOREVER" ]; then trap 'sleep 0.2; echo stopped >> "$LOG"; exit 143' TERM; while :; do sleep 0.05; done; fi
+       case "$*" in *"$FAIL"*) [ -z "$FAIL" ] || exit 3 ;; esac ;;
 esac
 """)
     file.chmod(0o755)
@@ -256,6 +260,20 @@ def test_the_demo_only_presets_flags(scripts):
 def test_run_all_stops_at_a_run_that_fails(scripts):
     done, log = scripts("run_all.sh", FAIL="layer3")
     assert done.returncode == 3 and len(log) == 2
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_stops_run_all_stops_the_run_and_hears_it_out(scripts, tmp_path, number, status):
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "LOG": str(tmp_path / "log"), "FOREVER": "1"}
+    process = subprocess.Popen(["bash", "run_all.sh"], cwd=tmp_path, env=environment,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    while not (tmp_path / "log").exists():
+        time.sleep(0.05)
+    time.sleep(0.2)
+    process.send_signal(number)
+    assert process.wait(10) == status
+    run, last = (tmp_path / "log").read_text().splitlines()
+    assert "train.py" in run and last == "stopped"
 
 
 def test_run_all_explains_itself(scripts):

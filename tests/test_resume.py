@@ -1,8 +1,10 @@
 """What a killed, stopped, doubled, starved or diverging run leaves, and how it goes on."""
 
 import fcntl
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,29 +46,36 @@ def same(one: Path, two: Path) -> None:
 
 def test_killed_at_any_moment_and_resumed_it_ends_as_if_nothing_had_been(tmp_path, pytestconfig):
     """In the fill, in the middle of an epoch, while writing: the moments are random, the seed is printed."""
-    flags = [*SMALL, "--unfreeze", "layer4", "--epochs", "2", "6"]
-    assert command("train.py", *flags, "--out", str(tmp_path / "whole")).wait() == 0
-    short, whole = sorted((tmp_path / "whole").iterdir())
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])  # so that the processes start with their imports made
+
+    def start(out: str) -> multiprocessing.Process:
+        flags = [*SMALL, "--image-size", "32", "--unfreeze", "layer4", "--epochs", "2", "6", "--resume", "--out", str(tmp_path / out)]
+        process = context.Process(target=train.main, args=(flags,))
+        process.start()
+        return process
+
+    start("warm-up").join()
+    began = time.monotonic()
+    start("whole").join()
+    needed = time.monotonic() - began
     seed = random.randrange(10**6)
     moments = random.Random(seed)
     print("seed", seed)
     kills = 0
     while kills < pytestconfig.getoption("kills"):
-        process = command("train.py", *flags, "--resume", "--out", str(tmp_path / "killed"))
-        started = process.stdout.readline()  # its directory, or that it is finished: imports are over
-        if "finished" in started and process.wait() == 0 and (tmp_path / "killed" / whole.name / "checkpoint.pt").exists() \
-                and len(checkpoint(tmp_path / "killed" / whole.name)["history"]) == 6:
-            for folder in (tmp_path / "killed").iterdir():  # all done before all kills were: once more
-                for file in folder.iterdir():
-                    file.unlink()
-            continue
-        time.sleep(moments.uniform(0, 2.5))
+        process = start("killed")
+        process.join(moments.uniform(0, 0.6 * needed))
         process.kill()
-        process.communicate()
-        kills += 1
+        process.join()
+        if process.exitcode == 0:  # all done before all kills were: once more
+            shutil.rmtree(tmp_path / "killed")
+        kills += process.exitcode != 0
     for _ in range(2):  # the second finds nothing to do
-        assert command("train.py", *flags, "--resume", "--out", str(tmp_path / "killed")).wait() == 0
-    for folder in (short, whole):
+        process = start("killed")
+        process.join()
+        assert process.exitcode == 0
+    for folder in (tmp_path / "whole").iterdir():
         same(folder, tmp_path / "killed" / folder.name)
         assert {file.name for file in (tmp_path / "killed" / folder.name).iterdir()} == {"history.csv", "checkpoint.pt"}
 
@@ -85,9 +94,9 @@ def stop_in_epoch(monkeypatch, number: int) -> None:
     monkeypatch.setattr(train, "score", stopping)
 
 
-@pytest.mark.parametrize("epochs", [["4"], ["3", "4"], ["1", "4"]])
+@pytest.mark.parametrize("epochs", [["4"], ["3", "4"]])
 def test_stopped_in_the_middle_it_goes_on_after_its_last_epoch(run, monkeypatch, capsys, epochs):
-    flags = ["--unfreeze", "layer4", "--epochs", *epochs]
+    flags = ["--image-size", "32", "--unfreeze", "layer4", "--epochs", *epochs]
     whole = run(*flags)
     for stops in (3, 1):  # in its third epoch, and then in the first one of those that are left
         stop_in_epoch(monkeypatch, stops)
