@@ -3,14 +3,18 @@
     python evaluate.py results/*/checkpoint.pt
     python evaluate.py results/*/checkpoint.pt --csv results/summary.csv
     python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --per-class
+    python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --cka
     python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --image cat.jpg
 
---per-class also writes the confusion matrix, to confusion.csv beside the
-checkpoint.
+Beside the checkpoint, --per-class also writes the confusion matrix and the
+most confident mistakes, confusion.csv and mistakes.csv, for plot.py; --cka
+writes cka.csv: how alike each stage's features still are to the pretrained.
 """
 
 import argparse
+import base64
 import functools
+import io
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,14 +22,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import data
+import freeze
 from machine import DEVICES, PRECISIONS, autocast, command, keep_memory, pick_device, pick_precision
-from runs import read_checkpoint, write_csv
+from runs import fingerprint, read_checkpoint, write_csv
 
 SUMMARY = ("run", "dataset", "unfrozen", "epochs", "seed", "train_loss", "test_loss", "test_accuracy",
-           "trainable_parameters", "seconds", "device", "precision", "torch")
+           "trainable_parameters", "seconds", "device", "precision", "torch", "learning_rates", "weights", "train_images", "test_images")
 
 
 # ---------------------------------------------------------------- scoring
@@ -58,24 +64,70 @@ def whole_model_logits(model: nn.Module, pixels: torch.Tensor, image_size: int, 
     return logits
 
 
-def summary_row(path: str, checkpoint: dict, loss: float, accuracy: float) -> dict:
+@torch.inference_mode()
+def stage_features(model: nn.Module, pixels: torch.Tensor, image_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Each backbone stage's output in eval mode, averaged over the picture, float64 [N, channels] by stage."""
+    parts = {name: [] for name in freeze.STAGES[:-1]}
+    model.to(device).eval()
+    for start in range(0, len(pixels), 128):
+        x = data.transform(pixels[start:start + 128].to(device), image_size)
+        for name, kept in parts.items():
+            x = freeze.stages(model)[name](x)
+            kept.append(x.mean((2, 3)).cpu().double())
+        data.progress(f"features: {start:,} of {len(pixels):,} images")
+    data.progress()
+    return {name: torch.cat(kept) for name, kept in parts.items()}
+
+
+def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
+    """How alike two networks' features of the same N images are, [N, channels] each: linear centered
+    kernel alignment, from 0 to 1 (the same but for rotation and scale). Kornblith et al. 2019,
+    "Similarity of Neural Network Representations Revisited", arXiv:1905.00414, section 3."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    return ((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+
+
+def summary_row(path: str, checkpoint: dict, loss: float, accuracy: float, test_images: int) -> dict:
     """A checkpoint's row of summary.csv; seconds, device and precision are those of its training."""
     arguments, history = checkpoint["arguments"], checkpoint["history"]
     values = (Path(path).resolve().parent.name, arguments["dataset"], "+".join(checkpoint["stages"]), len(history),
               arguments["seed"], history[-1]["train_loss"], loss, accuracy, checkpoint["trainable_parameters"],
-              checkpoint["seconds"], checkpoint["device"], checkpoint["precision"], checkpoint["versions"]["torch"])
+              checkpoint["seconds"], checkpoint["device"], checkpoint["precision"], checkpoint["versions"]["torch"],
+              checkpoint["settings"]["--lr"], Path(arguments["weights"]).stem, checkpoint["train_images"], test_images)
     return dict(zip(SUMMARY, values, strict=True))
 
 
-def report_classes(file: Path, logits: torch.Tensor, images: data.Images) -> None:
-    """Prints the accuracy of each class and writes the confusion matrix, a row per true class."""
+def report_classes(folder: Path, logits: torch.Tensor, images: data.Images) -> None:
+    """Prints the accuracy of each class; writes the confusion matrix, a row per true class, and the
+    twelve mistakes made with most confidence."""
     count = len(images.classes)
-    pairs = images.labels * count + logits.argmax(1)
-    confusion = torch.bincount(pairs, minlength=count**2).view(count, count)
+    probabilities, said = logits.softmax(1).max(1)
+    confusion = torch.bincount(images.labels * count + said, minlength=count**2).view(count, count)
     for name, row, correct in zip(images.classes, confusion, confusion.diag()):
         print(f"{'':21} {correct / row.sum().clamp(min=1):10.2%}    {name}, {correct:,} of {row.sum():,}")
-    write_csv(file, ["true class", *images.classes], [[n, *r.tolist()] for n, r in zip(images.classes, confusion)])
-    print(f"{'':34}confusion matrix: {file}")
+    write_csv(folder / "confusion.csv", ["true class", *images.classes], [[n, *r.tolist()] for n, r in zip(images.classes, confusion)])
+    mistakes = []
+    for i in torch.where(said == images.labels, -1.0, probabilities).argsort(descending=True)[:12].tolist():
+        if said[i] != images.labels[i]:
+            png = io.BytesIO()
+            Image.fromarray(images.pixels[i].numpy()).save(png, "PNG")
+            mistakes.append((images.classes[images.labels[i]], images.classes[said[i]], probabilities[i].item(),
+                             base64.b64encode(png.getvalue()).decode()))
+    write_csv(folder / "mistakes.csv", ["true", "said", "probability", "png"], mistakes)
+    print(f"{'':34}confusion matrix and mistakes: {folder}/confusion.csv, mistakes.csv")
+
+
+def report_cka(folder: Path, checkpoint: dict, model: nn.Module, pixels: torch.Tensor, device: torch.device) -> None:
+    """Prints and writes linear CKA with the pretrained network for every stage that learned."""
+    arguments = checkpoint["arguments"]
+    pretrained = freeze.build(len(checkpoint["classes"]), freeze.load_weights(arguments["weights"]), arguments["seed"])
+    if fingerprint(*pretrained.state_dict().values()) != checkpoint["settings"]["weights of sha256"]:
+        raise ValueError(f"{arguments['weights']} is not what the run began with: --cka compares with that")
+    now, before = (stage_features(network, pixels, arguments["image_size"], device) for network in (model, pretrained))
+    rows = [(stage, linear_cka(now[stage], before[stage])) for stage in checkpoint["stages"][:-1]]
+    for stage, cka in rows:
+        print(f"{'':21} {cka:10.4f}    CKA of {stage} with the pretrained one")
+    write_csv(folder / "cka.csv", ["stage", "cka"], rows)
 
 
 def print_top_five(path: str, files: list[str], logits: torch.Tensor, classes: tuple[str, ...]) -> None:
@@ -90,15 +142,16 @@ def main(argv: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint.pt files of train.py")
     parser.add_argument("--csv", metavar="FILE", help="write a row per checkpoint to this file")
-    parser.add_argument("--per-class", action="store_true", help="accuracy per class, and confusion.csv")
+    parser.add_argument("--per-class", action="store_true", help="accuracy per class, confusion.csv and mistakes.csv")
+    parser.add_argument("--cka", action="store_true", help="similarity of the features to the pretrained ones, and cka.csv")
     parser.add_argument("--image", nargs="+", metavar="PICTURE",
                         help="after the checkpoints: the top five classes of these pictures, no scoring")
     parser.add_argument("--data-dir", help="where the data set is now (default: where it was)")
     parser.add_argument("--device", choices=DEVICES, help="default: as in training")
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], help="default: as in training")
     args = parser.parse_args(argv)
-    if args.image and (args.csv or args.per_class):
-        parser.error("--image names pictures, --csv and --per-class score the test set: one at a time")
+    if args.image and (args.csv or args.per_class or args.cka):
+        parser.error("--image names pictures; --csv, --per-class and --cka take the test set: one at a time")
     if args.csv and Path(args.csv).is_dir():
         parser.error(f"--csv {args.csv} is a folder: name a file")
     keep_memory()
@@ -122,14 +175,16 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             images = load(arguments["dataset"], "test", args.data_dir or arguments["data_dir"], size, classes)
             logits = whole_model_logits(model, images.pixels, size, device, precision)
-            row = summary_row(path, checkpoint, *score(logits, images.labels))
+            row = summary_row(path, checkpoint, *score(logits, images.labels), len(logits))
             if not rows:
                 print("train loss  test loss   accuracy  images  run")
             print(f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%} {len(logits):7,}  "
                   + row["run"], flush=True)
             rows.append(row)
             if args.per_class:
-                report_classes(Path(path).with_name("confusion.csv"), logits, images)
+                report_classes(Path(path).parent, logits, images)
+            if args.cka:
+                report_cka(Path(path).parent, checkpoint, model, images.pixels, device)
         except (OSError, ValueError) as error:  # said, and the others scored all the same
             data.progress()
             print(f"evaluate.py: error: {error if path in str(error) else f'{path}: {error}'}", file=sys.stderr)

@@ -23,7 +23,8 @@ from torch import nn
 import data
 import freeze
 
-NEEDED = {"arguments", "classes", "device", "model", "precision", "seconds", "stages", "trainable_parameters", "versions"}
+NEEDED = {"arguments", "classes", "device", "history", "model", "optimizer", "precision", "scaler", "seconds", "settings",
+          "stages", "train_images", "trainable_parameters", "versions"}  # what is asked of a checkpoint
 
 
 @contextmanager
@@ -87,8 +88,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict, nn.Module]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = freeze.build(len(checkpoint["classes"]))
         model.load_state_dict(checkpoint["model"])
-        if not (NEEDED <= checkpoint.keys() and checkpoint["history"][-1]["epoch"] == len(checkpoint["history"])):
-            raise KeyError("something that train.py writes")
+        if not NEEDED <= checkpoint.keys() or len(checkpoint["history"]) != checkpoint["history"][-1]["epoch"]:
+            raise KeyError("not what train.py writes")
     except Exception as error:  # torch.load meets a foreign file with many kinds of errors
         raise ValueError(f"{path} is not a checkpoint that train.py wrote whole") from error
     return checkpoint, model
@@ -106,7 +107,7 @@ def resume(directories: dict[int, Path], settings: dict) -> tuple[dict | None, d
         file = directory / "checkpoint.pt"
         if file.exists():
             saved[epochs], _ = read_checkpoint(file)
-            before = saved[epochs].get("settings", {})
+            before = saved[epochs]["settings"]
             for name, value in settings.items():
                 if before.get(name) != value:
                     raise ValueError(f"--resume: {file} was trained with {name} {before.get(name, 'unknown')}, not {value}: "

@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add("--dataset", choices=data.DATASETS, default="cifar10", help="default: cifar10")
     add("--data-dir", type=lambda path: Path(path).resolve(), default="data",
         help="where the data set is, or is downloaded to (default: data)")
-    add("--weights", default="imagenet", help="imagenet (default), none, or the path of a state_dict")
+    add("--weights", default="imagenet", type=lambda name: name if name in ("imagenet", "none") else str(Path(name).resolve()), help="imagenet (default), none, or the path of a state_dict")
     add("--train-size", type=whole_number(1), help="train on this many images, the same share of every class")
     add("--seed", type=whole_number(0), default=0, help="of fc's initialization, the subset, the order and the flips")
     add("--device", choices=DEVICES, default="auto", help="auto (default): CUDA, then MPS, then the CPU")
@@ -197,7 +197,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         history, began = list(checkpoint["history"]), began - checkpoint["seconds"]
         print(f"resumed  after epoch {len(history)}")
     about = {  # plain values, so that the checkpoint can be read with weights_only=True
-        "architecture": "resnet18", "classes": list(train.classes), "stages": unfrozen, "settings": settings,
+        "architecture": "resnet18", "classes": list(train.classes), "stages": unfrozen, "settings": settings, "train_images": len(inputs),
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "device": device_name(device), "precision": precision, "fill_seconds": fill_seconds,

@@ -1,6 +1,8 @@
 """The command lines: what a user types, sees and finds on disk."""
 
+import base64
 import csv
+import io
 import re
 import shutil
 import signal
@@ -17,6 +19,7 @@ from PIL import Image
 
 import data
 import evaluate
+import freeze
 import runs
 import train
 
@@ -107,7 +110,8 @@ def test_the_summary_has_a_row_for_each_checkpoint(finished, tmp_path, capsys):
     evaluate.main([str(finished / "checkpoint.pt"), str(tmp_path / "other/checkpoint.pt"), "--csv", str(tmp_path / "summary.csv")])
     one, two = rows(tmp_path / "summary.csv")
     assert list(one) == ["run", "dataset", "unfrozen", "epochs", "seed", "train_loss", "test_loss", "test_accuracy",
-                         "trainable_parameters", "seconds", "device", "precision", "torch"]
+                         "trainable_parameters", "seconds", "device", "precision", "torch", "learning_rates", "weights",
+                         "train_images", "test_images"]
     assert (one["run"], two["run"]) == (finished.name, "other")
     assert (one["dataset"], one["unfrozen"], one["epochs"], one["seed"]) == ("synthetic", "layer4+fc", "2", "0")
     assert float(one["train_loss"]) == history(finished, "train_loss")[-1][0]
@@ -140,6 +144,48 @@ def test_per_class_accuracies_and_the_confusion_matrix(finished, tmp_path, capsy
     printed = capsys.readouterr().out
     for name, row, correct in zip(CLASSES, counts, counts.diagonal()):
         assert f"{correct / 6:.2%}    {name}, {correct} of 6" in printed
+
+
+def test_the_most_confident_mistakes_are_kept_as_pictures(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    evaluate.main([str(tmp_path / "run/checkpoint.pt"), "--per-class"])
+    images = data.synthetic("test")
+    _, model = runs.read_checkpoint(finished / "checkpoint.pt")
+    probabilities, said = model.eval()(data.transform(images.pixels, 48)).softmax(1).max(1)
+    wrong = sorted((i for i in range(60) if said[i] != images.labels[i]), key=lambda i: -probabilities[i])[:12]
+    table = rows(tmp_path / "run/mistakes.csv")
+    assert len(table) == 12
+    for i, row in zip(wrong, table):
+        assert (row["true"], row["said"]) == (CLASSES[images.labels[i]], CLASSES[said[i]])
+        assert float(row["probability"]) == pytest.approx(probabilities[i].item(), rel=1e-4)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(row["png"])))), images.pixels[i].numpy())
+
+
+def test_cka_is_one_for_what_did_not_move_and_for_rotated_features():
+    x = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rotation, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    assert evaluate.linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1)
+    other = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x, y = x - x.mean(0), other - other.mean(0)
+    gram, gram_other = x @ x.T, y @ y.T  # the definition by N x N Gram matrices
+    expected = (gram * gram_other).sum() / (gram.norm() * gram_other.norm())
+    assert evaluate.linear_cka(x, other) == pytest.approx(expected.item()) and expected < 0.6
+
+
+def test_how_far_the_features_moved(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    evaluate.main([str(tmp_path / "run/checkpoint.pt"), "--cka"])
+    (row,) = rows(tmp_path / "run/cka.csv")
+    saved = checkpoint(finished)
+    pixels, kept = data.synthetic("test").pixels, []
+    for model in (runs.read_checkpoint(finished / "checkpoint.pt")[1], freeze.build(10)):
+        model.fc = torch.nn.Identity()
+        with torch.no_grad():
+            kept.append(model.eval()(data.transform(pixels, 48)).double())
+    assert row["stage"] == "layer4" and float(row["cka"]) == pytest.approx(evaluate.linear_cka(*kept), abs=1e-5)
+    assert f"{float(row['cka']):.4f}    CKA of layer4 with the pretrained one" in capsys.readouterr().out
+    torch.save(saved | {"settings": saved["settings"] | {"weights of sha256": "0"}}, tmp_path / "run/checkpoint.pt")
+    assert "none is not what the run began with" in complaint(evaluate.main, [tmp_path / "run/checkpoint.pt", "--cka"], capsys)
 
 
 def test_naming_pictures(finished, tmp_path, capsys):
