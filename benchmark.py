@@ -45,7 +45,6 @@ import freeze
 import train
 from features import Features
 from machine import PRECISIONS, autocast, command, device_name, pick_device, pick_precision
-from runs import write_csv
 
 STRATEGIES = {"fc": ["fc"], "layer4": ["layer4", "fc"], "layer3+layer4": ["layer3", "layer4", "fc"]}
 VARIANTS = ("textbook", "textbook-tuned", "ours-nocache", "ours")
@@ -152,7 +151,12 @@ def in_a_process(function: Callable[..., dict], *arguments) -> dict:
     """What the function returns, and the wall time from the start of its interpreter to its end."""
     start = time.monotonic()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        result = pool.submit(function, *arguments).result()
+        try:
+            result = pool.submit(function, *arguments).result()
+        except BaseException:  # told to stop: the pool would wait for its end
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     return result | {"wall_seconds": time.monotonic() - start}
 
 
@@ -248,12 +252,11 @@ def main(argv: list[str] | None = None) -> None:
         images = data.load(args.dataset, "train", args.data_dir, args.image_size)
         test = data.load(args.dataset, "test", args.data_dir, args.image_size, images.classes)
         full = len(images.labels), len(test.labels)
-        if own.csv:  # tried now, not after ten minutes
-            own.csv.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=own.csv.parent).close()
         if size := own.train_size or (256 if device.type == "cpu" else None):
             images = data.stratified_subset(images, min(size, full[0]), args.seed)
             test = data.stratified_subset(test, min(max(size // 4, len(images.classes)), full[1]), args.seed)
+        if own.csv and not os.access(own.csv.parent, os.W_OK):  # asked now, not after ten minutes
+            raise ValueError(f"--csv {own.csv}: name a file in a folder that can be written to")
     except (OSError, ValueError) as error:
         data.progress()
         parser.error(str(error))
@@ -295,9 +298,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\nthe four runs of run_all.sh: {total['textbook']:,.0f} s the textbook's way, {total['ours']:,.0f} s here, "
               f"{total['textbook'] / total['ours']:.1f} times as fast")
     if own.csv:
-        write_csv(own.csv, COLUMNS, [r.values() for r in rows])
+        data.write_csv(own.csv, COLUMNS, [r.values() for r in rows])
         print(f"\nsaved    {own.csv}")
 
 
 if __name__ == "__main__":
-    command(main, "the CSV is written when all is measured, not before")
+    command(main, when_stopped="the CSV is written when all is measured, not before", when_full="lower --batch-size or --train-size")

@@ -8,8 +8,11 @@ Imports torch, torchvision and what they bring (numpy, Pillow), nothing of this 
 copy it into yours.
 """
 
+import csv
+import fcntl
 import hashlib
 import http.client
+import io
 import os
 import shutil
 import sys
@@ -18,9 +21,9 @@ import tempfile
 import time
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -300,8 +303,11 @@ def whole_file(file: str | Path) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        yield part
-        os.replace(part, file)
+        with open(part, "w+b") as lock:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_SH)  # against remove_leftovers
+            yield part
+            os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
 
@@ -313,6 +319,23 @@ def write_file(file: str | Path, content: bytes) -> None:
             part.write_bytes(content)
     except OSError as error:
         raise OSError(f"cannot write {file} ({error.strerror}): what was there before is kept") from error
+
+
+def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """A CSV file that appears whole or not at all. Raises OSError."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode())
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes what whole_file's callers were writing in this directory when they were killed."""
+    for part in directory.glob(".*.part"):
+        with suppress(OSError), open(part, "r+b") as opened:  # BlockingIOError: the lock of who is still writing
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink(missing_ok=True)
 
 
 _last_shown = 0.0

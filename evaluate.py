@@ -15,6 +15,7 @@ import argparse
 import base64
 import functools
 import io
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import nn
 import data
 import freeze
 from machine import DEVICES, PRECISIONS, autocast, command, keep_memory, pick_device, pick_precision
-from runs import fingerprint, read_checkpoint, write_csv
+from runs import fingerprint, read_checkpoint
 
 SUMMARY = ("run", "dataset", "unfrozen", "epochs", "seed", "train_loss", "test_loss", "test_accuracy",
            "trainable_parameters", "seconds", "device", "precision", "torch", "learning_rates", "weights", "train_images", "test_images")
@@ -93,7 +94,7 @@ def summary_row(path: str, checkpoint: dict, loss: float, accuracy: float, test_
     values = (Path(path).resolve().parent.name, arguments["dataset"], "+".join(checkpoint["stages"]), len(history),
               arguments["seed"], history[-1]["train_loss"], loss, accuracy, checkpoint["trainable_parameters"],
               checkpoint["seconds"], checkpoint["device"], checkpoint["precision"], checkpoint["versions"]["torch"],
-              checkpoint["settings"]["--lr"], Path(arguments["weights"]).stem, checkpoint["train_images"], test_images)
+              checkpoint["settings"]["--lr"], Path(arguments["weights"]).stem, checkpoint.get("train_images"), test_images)
     return dict(zip(SUMMARY, values, strict=True))
 
 
@@ -105,7 +106,7 @@ def report_classes(folder: Path, logits: torch.Tensor, images: data.Images) -> N
     confusion = torch.bincount(images.labels * count + said, minlength=count**2).view(count, count)
     for name, row, correct in zip(images.classes, confusion, confusion.diag()):
         print(f"{'':21} {correct / row.sum().clamp(min=1):10.2%}    {name}, {correct:,} of {row.sum():,}")
-    write_csv(folder / "confusion.csv", ["true class", *images.classes], [[n, *r.tolist()] for n, r in zip(images.classes, confusion)])
+    data.write_csv(folder / "confusion.csv", ["true class", *images.classes], [[n, *r.tolist()] for n, r in zip(images.classes, confusion)])
     mistakes = []
     for i in torch.where(said == images.labels, -1.0, probabilities).argsort(descending=True)[:12].tolist():
         if said[i] != images.labels[i]:
@@ -113,7 +114,7 @@ def report_classes(folder: Path, logits: torch.Tensor, images: data.Images) -> N
             Image.fromarray(images.pixels[i].numpy()).save(png, "PNG")
             mistakes.append((images.classes[images.labels[i]], images.classes[said[i]], probabilities[i].item(),
                              base64.b64encode(png.getvalue()).decode()))
-    write_csv(folder / "mistakes.csv", ["true", "said", "probability", "png"], mistakes)
+    data.write_csv(folder / "mistakes.csv", ["true", "said", "probability", "png"], mistakes)
     print(f"{'':34}confusion matrix and mistakes: {folder}/confusion.csv, mistakes.csv")
 
 
@@ -127,7 +128,7 @@ def report_cka(folder: Path, checkpoint: dict, model: nn.Module, pixels: torch.T
     rows = [(stage, linear_cka(now[stage], before[stage])) for stage in checkpoint["stages"][:-1]]
     for stage, cka in rows:
         print(f"{'':21} {cka:10.4f}    CKA of {stage} with the pretrained one")
-    write_csv(folder / "cka.csv", ["stage", "cka"], rows)
+    data.write_csv(folder / "cka.csv", ["stage", "cka"], rows)
 
 
 def print_top_five(path: str, files: list[str], logits: torch.Tensor, classes: tuple[str, ...]) -> None:
@@ -152,8 +153,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.image and (args.csv or args.per_class or args.cka):
         parser.error("--image names pictures; --csv, --per-class and --cka take the test set: one at a time")
-    if args.csv and Path(args.csv).is_dir():
-        parser.error(f"--csv {args.csv} is a folder: name a file")
+    if args.csv and (Path(args.csv).is_dir() or not os.access(Path(args.csv).parent, os.W_OK)):
+        parser.error(f"--csv {args.csv}: name a file in a folder that can be written to")
     keep_memory()
     load = functools.lru_cache(maxsize=1)(data.load)  # many checkpoints share one test set
     rows, failed = [], False
@@ -190,13 +191,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"evaluate.py: error: {error if path in str(error) else f'{path}: {error}'}", file=sys.stderr)
             failed = True
     if args.csv and rows:
-        try:
-            write_csv(args.csv, SUMMARY, [row.values() for row in rows])
-        except OSError as error:
-            parser.error(f"--csv: {error}")
+        data.write_csv(args.csv, SUMMARY, [row.values() for row in rows])
     if failed:
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    command(main, "the table is written when all is scored, not before")
+    command(main, when_stopped="the table is written when all is scored, not before", when_full="try --device cpu")

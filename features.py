@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import progress, transform, whole_file
+from data import progress, remove_leftovers, transform, whole_file
 from machine import free_memory, memory_is_full
 
 PLACES = ("auto", "device", "host", "disk", "off")
@@ -41,7 +41,7 @@ class Features:
         self.prefix = prefix.to(device, dtype, memory_format=torch.channels_last)
         self.pixels, self.image_size, self.device, self.dtype = pixels, image_size, device, dtype
         # Images per pass: a GPU wants many; on a CPU little memory, used again and again, is faster:
-        # 1.19 times as fast a fill as with 128 (and 1.24 times for evaluate.keep_memory).
+        # 1.19 times as fast a fill as with 128 (and 1.24 times for machine.keep_memory).
         self.chunk = 16 if device.type == "cpu" else 256
         self.store = None
         self.copies = deque()  # CUDA events of the last copies out of the host's memory
@@ -93,18 +93,20 @@ class Features:
         """Compute every feature once and keep it on the "device", on the "host" or, for "disk", in a
         file in `folder`, where later runs find it; "off" keeps nothing. Returns how many were
         computed. Raises OSError if the file cannot be written."""
-        file = folder / self.name
-        if place == "off" or (place == "disk" and self.found(file)):
+        if place == "off":
             return 0
         if place == "disk":
-            for part in folder.glob(".*.part"):
-                if time.time() - part.stat().st_mtime > 3600:  # a killed run's
-                    part.unlink(missing_ok=True)
-            with whole_file(file) as part, open(part, "wb") as out:
-                for _, block in self.blocks():
-                    out.write(block.cpu().contiguous().view(torch.uint8).numpy())
-                out.flush()
-                os.fsync(out.fileno())  # on the disk before it has its name, whatever happens to the machine
+            file = folder / self.name
+            if self.found(file):
+                return 0
+            try:
+                with whole_file(file) as part, open(part, "wb") as out:
+                    for _, block in self.blocks():
+                        out.write(block.cpu().contiguous().view(torch.uint8).numpy())
+                    out.flush()
+                    os.fsync(out.fileno())  # on the disk before it has its name: only some rows are checked later
+            except OSError as error:
+                raise OSError(f"cannot write {file} ({error.strerror}): try --cache off") from error
             if not self.found(file):
                 raise OSError(f"{file} does not hold what was written to it")
         else:
@@ -160,7 +162,7 @@ def fill_all(features: Sequence[Features], place: str, device: torch.device, fol
     room = free_memory("host", device, folder) - sum(feature.bytes for feature in features)
     after = "host" if place == "device" and room > ROOM else "off"
     progress()
-    print(f"         does not fit in {place} memory after all: {after}", flush=True)
+    print(f"         does not fit after all (--cache {place}): {after}", flush=True)
     return fill_all(features, after, device, folder)
 
 
@@ -173,8 +175,11 @@ def choose_place(wanted: str, features: Sequence[Features], device: torch.device
     """
     need = sum(feature.bytes for feature in features)
     text = f"{need / 1e9:.2f} GB of features"
+    room = ROOM
     if wanted == "disk":  # what is there takes no more room
+        remove_leftovers(folder)
         need -= sum(feature.bytes for feature in features if (folder / feature.name).exists())
+        room = ROOM // 8 if need else 0  # for the checkpoints
     if wanted == "off":
         return "off", f"off as asked, {text} recomputed in every epoch"
     if wanted == "auto" and not len(features[0].prefix):
@@ -183,10 +188,10 @@ def choose_place(wanted: str, features: Sequence[Features], device: torch.device
     where = {"device": "in device memory", "host": "in host memory", "disk": f"in {folder}"}
     free = {place: free_memory(place, device, folder) for place in places}
     for place in places:
-        if not need or need + ROOM <= free[place]:
+        if need + room <= free[place]:
             return place, f"{text} {where[place]}, {free[place] / 1e9:.1f} GB were free"
     found = ", ".join(f"{free[place] / 1e9:.1f} GB free {where[place]}" for place in places)
-    shortage = f"{text} and {ROOM / 1e9:.1f} GB for training do not fit ({found})"
+    shortage = f"{text} and {room / 1e9:.1f} GB for training do not fit ({found})"
     if wanted != "auto":
         raise ValueError(f"--cache {wanted}: {shortage}; try --cache off, --train-size or a smaller --image-size")
     return "off", f"off, {shortage}; --cache disk takes a file"

@@ -3,7 +3,7 @@
     device = pick_device("auto")
     precision = pick_precision("auto", device)      # "bf16", "fp16" or "fp32"
     with autocast(device, precision): ...
-    command(main, "nothing was lost")               # a script's last line
+    command(main, "go on with --resume", "lower --batch-size")   # a script's last line
 """
 
 import contextlib
@@ -79,7 +79,8 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_is_full(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)  # of a CPU: RuntimeError
+    words = ("out of memory", "allocate memory", "alloc_failed")  # of CUDA and MPS, of the CPU, of CUDA's libraries: RuntimeErrors
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 def free_memory(place: str, device: torch.device, folder: Path) -> int:
@@ -111,7 +112,7 @@ def free_memory(place: str, device: torch.device, folder: Path) -> int:
 # ---------------------------------------------------------------- a script's end
 
 
-def command(main: Callable[[], None], when_stopped: str) -> None:
+def command(main: Callable[[], None], when_stopped: str, when_full: str) -> None:
     """Run a script so that it ends with one line in place of a traceback: Ctrl-C with status 130,
     SIGTERM with 143; a disk or a memory that is full, or a loss that is not finite, with 1."""
 
@@ -125,7 +126,7 @@ def command(main: Callable[[], None], when_stopped: str) -> None:
         status, line = stop.args[0] if stop.args else 130, f"stopped; {when_stopped}"
     except (FloatingPointError, OSError, RuntimeError, MemoryError) as error:
         if memory_is_full(error):
-            error = "the memory is full: lower --batch-size or --image-size, or try --cache off"
+            error = f"the memory is full: {when_full}"
         elif not isinstance(error, (FloatingPointError, OSError)):
             raise
         status, line = 1, f"error: {error}"

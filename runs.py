@@ -8,13 +8,12 @@ A checkpoint is a dictionary of plain values and tensors, so that torch.load rea
 weights_only=True, which runs nothing that is hidden in a file.
 """
 
-import csv
 import fcntl
 import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,9 +21,9 @@ from torch import nn
 
 import data
 import freeze
+from machine import memory_is_full
 
-NEEDED = {"arguments", "classes", "device", "history", "model", "optimizer", "precision", "scaler", "seconds", "settings",
-          "stages", "train_images", "trainable_parameters", "versions"}  # what is asked of a checkpoint
+NEEDED = {"arguments", "classes", "device", "history", "precision", "seconds", "settings", "stages", "trainable_parameters", "versions"}
 
 
 @contextmanager
@@ -32,30 +31,32 @@ def locked(directory: Path) -> Iterator[None]:
     """Makes a directory and keeps other runs out of it, by a lock that dies with this process.
     What was made and is empty in the end is removed again. Raises OSError."""
     made = [path for path in (directory, *directory.parents) if not path.exists()]
-    file, descriptor = directory / ".lock", None
-    try:
+    file = directory / ".lock"
+    with ExitStack() as undo:
+        for path in reversed(made):
+            undo.callback(_remove_if_empty, path)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(descriptor).st_nlink:  # removed by the run before, just now
-                raise BlockingIOError
-        except BlockingIOError:
-            os.close(descriptor)
-            raise OSError(f"another run is writing to {directory}: wait for its end, or choose another --out") from None
+            lock = undo.enter_context(open(file, "w"))
         except OSError as error:
             raise OSError(f"cannot write to {directory} ({error.strerror}): choose another --out") from error
         try:
-            for part in directory.glob(".*.part"):  # what a killed run was writing
-                part.unlink()
-            yield
-        finally:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(lock.fileno()).st_nlink:  # removed by the run before, just now
+                raise BlockingIOError
+        except BlockingIOError:
+            raise OSError(f"another run is writing to {directory}: wait for its end, or choose another --out") from None
+        except OSError as error:
             file.unlink(missing_ok=True)
-            os.close(descriptor)
-    finally:
-        with suppress(OSError):  # not empty
-            for path in made:
-                path.rmdir()
+            raise OSError(f"cannot lock {directory} ({error.strerror}): choose an --out on a local disk") from error
+        undo.callback(file.unlink, missing_ok=True)
+        data.remove_leftovers(directory)
+        yield
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def write(directory: Path, checkpoint: dict) -> None:
@@ -67,16 +68,7 @@ def write(directory: Path, checkpoint: dict) -> None:
 
 
 def write_history(directory: Path, history: list[dict]) -> None:
-    write_csv(directory / "history.csv", history[0], [row.values() for row in history])
-
-
-def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
-    """A CSV file that appears whole or not at all. Raises OSError."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(header)
-    writer.writerows(rows)
-    data.write_file(path, text.getvalue().encode())
+    data.write_csv(directory / "history.csv", history[0], [row.values() for row in history])
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict, nn.Module]:
@@ -91,31 +83,36 @@ def read_checkpoint(path: str | Path) -> tuple[dict, nn.Module]:
         if not NEEDED <= checkpoint.keys() or len(checkpoint["history"]) != checkpoint["history"][-1]["epoch"]:
             raise KeyError("not what train.py writes")
     except Exception as error:  # torch.load meets a foreign file with many kinds of errors
-        raise ValueError(f"{path} is not a checkpoint that train.py wrote whole") from error
+        if isinstance(error, OSError):
+            raise OSError(f"cannot read {path} ({error.strerror})") from error
+        if memory_is_full(error):
+            raise
+        raise ValueError(f"{path} is not a checkpoint that train.py wrote whole: delete it, or name another") from error
     return checkpoint, model
 
 
-def resume(directories: dict[int, Path], settings: dict) -> tuple[dict | None, dict[int, list[dict]]]:
-    """The checkpoint to go on from, if there is one, and the history of each run that has begun.
-
-    directories: by number of epochs. A run of 50 epochs can go on from one of 10, and one of 10
-    from the first epochs of one of 50. settings: what has to be the same.
-    Raises ValueError or OSError for a checkpoint that is damaged or of another run.
-    """
+def begun(directories: dict[int, Path], settings: dict) -> dict[int, dict]:
+    """The checkpoints that are there already, by number of epochs. settings: what has to be the same.
+    Raises ValueError or OSError for one that is damaged or of another run."""
     saved = {}
     for epochs, directory in directories.items():
         file = directory / "checkpoint.pt"
         if file.exists():
             saved[epochs], _ = read_checkpoint(file)
-            before = saved[epochs]["settings"]
             for name, value in settings.items():
-                if before.get(name) != value:
-                    raise ValueError(f"--resume: {file} was trained with {name} {before.get(name, 'unknown')}, not {value}: "
-                                     "use that, or another --out")
-    done = {epochs: checkpoint["history"] for epochs, checkpoint in saved.items()}
-    first = min((epochs for epochs in directories if len(done.get(epochs, [])) < epochs), default=0)
-    usable = [checkpoint for checkpoint in saved.values() if len(checkpoint["history"]) <= first]
-    return max(usable, key=lambda checkpoint: len(checkpoint["history"]), default=None), done
+                before = saved[epochs]["settings"].get(name)
+                if before != value:
+                    raise ValueError(f"{file} was trained with {name} {before}, not {value}: "
+                                     f"go on as it began, use another --out, or delete {directory}")
+    return saved
+
+
+def go_on_from(saved: dict[int, dict], directories: Iterable[int]) -> dict | None:
+    """The checkpoint that spares most epochs, if one does. A run of 50 epochs can go on from one of 10,
+    and one of 10 from the first epochs of one of 50."""
+    first = min((epochs for epochs in directories if epochs not in saved or len(saved[epochs]["history"]) < epochs), default=0)
+    usable = [checkpoint for checkpoint in saved.values() if len(checkpoint["history"]) <= first and "optimizer" in checkpoint]
+    return max(usable, key=lambda checkpoint: len(checkpoint["history"]), default=None)
 
 
 def fingerprint(*tensors: torch.Tensor) -> str:

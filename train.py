@@ -51,7 +51,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add("--dataset", choices=data.DATASETS, default="cifar10", help="default: cifar10")
     add("--data-dir", type=lambda path: Path(path).resolve(), default="data",
         help="where the data set is, or is downloaded to (default: data)")
-    add("--weights", default="imagenet", type=lambda name: name if name in ("imagenet", "none") else str(Path(name).resolve()), help="imagenet (default), none, or the path of a state_dict")
+    add("--weights", default="imagenet", type=lambda name: name if name in ("imagenet", "none") else str(Path(name).resolve()),
+        help="imagenet (default), none, or the path of a state_dict")
     add("--train-size", type=whole_number(1), help="train on this many images, the same share of every class")
     add("--seed", type=whole_number(0), default=0, help="of fc's initialization, the subset, the order and the flips")
     add("--device", choices=DEVICES, default="auto", help="auto (default): CUDA, then MPS, then the CPU")
@@ -91,7 +92,7 @@ def run_name(args: argparse.Namespace, unfrozen: list[str], epochs: int) -> str:
     name += f"-px{args.image_size}" if args.image_size != 224 else ""
     name += f"-{Path(args.weights).stem}" if args.weights != "imagenet" else ""
     name += f"-{args.precision}" if args.precision != "auto" else ""
-    return name + "".join(f"-{stage}={rate:g}" for stage, rate in sorted(args.lr))
+    return name + "".join(f"-{stage}={rate:g}" for stage, rate in sorted(dict(args.lr).items()) if rate != freeze.LEARNING_RATES.get(stage))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,10 +134,12 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         directories = {epochs: args.out / run_name(args, unfrozen, epochs) for epochs in sorted(args.epochs)}
         for directory in directories.values():
             held.enter_context(runs.locked(directory))
-        checkpoint, done = runs.resume(directories, settings) if args.resume else (None, {})
-        for epochs in [epochs for epochs in done if len(done[epochs]) >= epochs]:
+        saved = runs.begun(directories, settings)  # another run is not replaced, even without --resume
+        checkpoint = runs.go_on_from(saved, directories) if args.resume else None
+        done = {epochs: len(saved[epochs]["history"]) if args.resume and epochs in saved else 0 for epochs in directories}
+        for epochs in [epochs for epochs in directories if done[epochs] >= epochs]:
             directory = directories.pop(epochs)
-            runs.write_history(directory, done[epochs])  # in case it was killed just before that
+            runs.write_history(directory, saved[epochs]["history"])  # in case it was killed just before that
             print(f"{directory}: finished")
         if not directories:
             return
@@ -150,7 +153,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         test_inputs = Features(prefix, test.pixels, args.image_size, device, dtype, mirrored=False)
         cache = args.out / "features"
         place, reason = choose_place(args.cache, [inputs, test_inputs], device, cache)
-    except (OSError, ValueError, MemoryError) as error:
+    except (OSError, ValueError) as error:
         data.progress()
         parser.error(str(error))
 
@@ -221,15 +224,16 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         data.progress(f"epoch {epoch}: testing")
         test_loss, test_accuracy = score(predict(tail, test_inputs.batches(128), device, precision), test_labels)
         if not math.isfinite(train_loss + test_loss):
-            raise FloatingPointError(f"the loss is not finite in epoch {epoch} with --lr {learning_rates}: try lower rates; "
-                                     f"{directories[longest]} keeps epoch {epoch - 1}, if there was one")
+            kept = max(epoch - 1, done[longest])
+            raise FloatingPointError(f"the loss is not finite in epoch {epoch} with --lr {learning_rates}: try lower rates"
+                                     + (f"; {directories[longest]} keeps epoch {kept}" if kept else ""))
         history.append({"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "test_loss": test_loss,
                         "test_accuracy": test_accuracy, "train_seconds": trained - start, "test_seconds": time.monotonic() - trained}
                        | {f"{name}_drift": freeze.distance(stage, before) for name, (stage, before) in pretrained.items()})
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                  "history": history, "seconds": time.monotonic() - began}
         for epochs in {epoch, longest} & directories.keys():
-            if epoch > len(done.get(epochs, [])):  # what has come further is not taken back
+            if epoch > done[epochs]:  # what has come further is not taken back
                 runs.write(directories[epochs], about | state)
         data.progress()
         print(f"{epoch:4}/{longest:<4} {train_loss:11.4f} {train_accuracy:9.2%} {test_loss:11.4f} "
@@ -239,4 +243,5 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
 
 
 if __name__ == "__main__":
-    command(main, "to go on after the last finished epoch, run the same command with --resume")
+    command(main, when_stopped="to go on after the last finished epoch, run the same command with --resume",
+            when_full="lower --batch-size or --image-size, or try --cache off")

@@ -81,6 +81,7 @@ def test_what_a_run_leaves(finished):
     (["--train-size", "500", "--batch-size", "64", "--weights", "a/b.pth"], "cifar10-fc-e10-s0-n500-b64-b"),
     (["--dataset", "folder", "--data-dir", "my/pictures"], "pictures-fc-e10-s0"),
     (["--unfreeze", "layer4", "--lr", "layer4=3e-4", "fc=0.01"], "cifar10-layer4-e10-s0-fc=0.01-layer4=0.0003"),
+    (["--unfreeze", "layer4", "--lr", "layer4=1e-4", "fc=0.01"], "cifar10-layer4-e10-s0-fc=0.01"),
 ])
 def test_a_run_is_named_by_what_was_run(flags, name):
     _, args = train.parse(flags)

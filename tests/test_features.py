@@ -1,7 +1,6 @@
 """Where the prefix's outputs are kept, and that looking one up is computing it."""
 
 import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,13 +102,13 @@ def test_a_damaged_file_is_computed_again(images, tmp_path, damage):
     assert computed == 40 and torch.equal(again.store, expected) and list(tmp_path.iterdir()) == [file]
 
 
-def test_what_killed_fills_left_is_removed_and_what_is_being_written_is_not(images, tmp_path):
-    old, new = tmp_path / ".1234.features.99.part", tmp_path / ".5678.features.98.part"
-    for part, age in ((old, 4000), (new, 100)):
-        part.touch()
-        os.utime(part, (time.time() - age,) * 2)
-    on_disk(images, tmp_path)
-    assert not old.exists() and new.exists()
+def test_what_killed_fills_left_is_removed_and_what_is_being_written_is_not(images, tmp_path, monkeypatch):
+    left = tmp_path / ".1234.features.99.part"
+    left.write_bytes(bytes(10**6))
+    inputs, _ = on_disk(images, tmp_path / "elsewhere")
+    with data.whole_file(tmp_path / "5678.features") as part:
+        choose_place("disk", [inputs], CPU, tmp_path)
+        assert not left.exists() and part.exists()
 
 
 def test_a_fill_that_is_interrupted_leaves_no_file(images, tmp_path, monkeypatch):
@@ -171,8 +170,8 @@ def test_without_a_prefix_there_is_nothing_to_keep(monkeypatch):
 
 def test_a_disk_with_too_little_room_is_told_before_anything_is_written(images, monkeypatch, tmp_path):
     inputs, _ = on_disk(images, tmp_path / "there")
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=ROOM // 2))
-    with pytest.raises(ValueError, match=f"--cache disk: .* do not fit .*1.1 GB free in {tmp_path}/not/yet"):
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=ROOM // 8))
+    with pytest.raises(ValueError, match=f"--cache disk: .* and 0.3 GB for training do not fit .*0.3 GB free in {tmp_path}/not/yet"):
         choose_place("disk", [inputs], CPU, tmp_path / "not/yet")
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     assert choose_place("disk", [inputs], CPU, tmp_path / "there")[0] == "disk"  # it is there already

@@ -1,9 +1,12 @@
 """What a killed, stopped, doubled, starved or diverging run leaves, and how it goes on."""
 
+import errno
 import fcntl
 import multiprocessing
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, checkpoint, history
+from conftest import ROOT, SMALL, checkpoint, complaint, history
 
 import data
 import evaluate
@@ -50,7 +53,8 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_nothing_had_been(tmp_pat
     context.set_forkserver_preload(["train"])  # so that the processes start with their imports made
 
     def start(out: str) -> multiprocessing.Process:
-        flags = [*SMALL, "--image-size", "32", "--unfreeze", "layer4", "--epochs", "2", "6", "--resume", "--out", str(tmp_path / out)]
+        flags = [*SMALL, "--image-size", "32", "--unfreeze", "layer4", "--epochs", "2", "6", "--cache", "disk", "--resume",
+                 "--out", str(tmp_path / out)]
         process = context.Process(target=train.main, args=(flags,))
         process.start()
         return process
@@ -68,6 +72,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_nothing_had_been(tmp_pat
         process.join(moments.uniform(0, 0.6 * needed))
         process.kill()
         process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
         if process.exitcode == 0:  # all done before all kills were: once more
             shutil.rmtree(tmp_path / "killed")
         kills += process.exitcode != 0
@@ -75,9 +80,10 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_nothing_had_been(tmp_pat
         process = start("killed")
         process.join()
         assert process.exitcode == 0
-    for folder in (tmp_path / "whole").iterdir():
+    for folder in (tmp_path / "whole").glob("synthetic*"):
         same(folder, tmp_path / "killed" / folder.name)
         assert {file.name for file in (tmp_path / "killed" / folder.name).iterdir()} == {"history.csv", "checkpoint.pt"}
+    assert {file.suffix for file in (tmp_path / "killed" / "features").iterdir()} == {".features"}
 
 
 def stop_in_epoch(monkeypatch, number: int) -> None:
@@ -174,7 +180,8 @@ def test_the_same_run_in_other_words_is_the_same_run(run, tmp_path):
     assert (folder / "checkpoint.pt").stat().st_mtime_ns < before
 
 
-def test_resuming_another_run_names_the_difference_and_leaves_everything(run, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("resuming", [["--resume"], []])
+def test_another_run_of_the_same_name_is_not_resumed_nor_replaced(run, capsys, monkeypatch, tmp_path, resuming):
     """What the folder's name does not tell: the rates' table, a test picture, a label, a class's name, the initial weights."""
     torch.save(freeze.build(10, seed=1).state_dict(), tmp_path / "start.pth")
     flags = ["--unfreeze", "layer4", "--weights", str(tmp_path / "start.pth"), "--epochs", "1"]
@@ -183,9 +190,10 @@ def test_resuming_another_run_names_the_difference_and_leaves_everything(run, ca
 
     def refused(expected: str, *more: str) -> None:
         with pytest.raises(SystemExit, match="2"):
-            run(*flags, *more, "--resume", "--out", str(folder.parent))
+            run(*flags, *more, *resuming, "--out", str(folder.parent))
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"--resume: {folder}/checkpoint.pt was trained with {expected}" in line and "use that, or another --out" in line
+        assert f"{folder}/checkpoint.pt was trained with {expected}" in line
+        assert f"go on as it began, use another --out, or delete {folder}" in line
         assert {file: file.read_bytes() for file in folder.parent.rglob("*.*")} == files
 
     with monkeypatch.context() as patch:
@@ -214,7 +222,7 @@ def test_a_damaged_checkpoint_is_not_resumed(run, capsys, tmp_path, damage):
     left = file.read_bytes()
     with pytest.raises(SystemExit, match="2"):
         run("--epochs", "2", "--resume", "--out", str(folder.parent))
-    assert f"{file} is not a checkpoint that train.py wrote whole" in capsys.readouterr().err
+    assert f"{file} is not a checkpoint that train.py wrote whole: delete it" in capsys.readouterr().err
     assert file.read_bytes() == left and not (tmp_path / "ran").exists()
     with pytest.raises(SystemExit, match="2"):
         evaluate.main([str(file)])
@@ -277,6 +285,16 @@ def test_a_run_holds_its_lock_and_takes_away_what_it_made_and_left_empty(tmp_pat
     assert [file.name for file in folder.iterdir()] == ["file"]
 
 
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(OSError, match="cannot lock .*/new .No locks available.: choose an --out on a local disk"), runs.locked(tmp_path / "new"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lock_file_that_its_holder_has_just_removed_holds_nobody_off_and_lets_nobody_in(tmp_path, monkeypatch):
     """Between opening the file and locking it, the run before unlinked it: the lock would be one that nobody else sees."""
     monkeypatch.setattr(fcntl, "flock", lambda descriptor, _: (tmp_path / ".lock").unlink())
@@ -287,28 +305,51 @@ def test_a_lock_file_that_its_holder_has_just_removed_holds_nobody_off_and_lets_
 # ---------------------------------------------------------------- starved, diverging
 
 
-def test_a_full_disk_keeps_the_last_state_and_says_so(run, tmp_path):
+def test_a_full_disk_keeps_the_last_state_and_says_so(run):
     folder = run("--epochs", "1")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    limited = f"import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
-              f"resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); sys.argv[0] = 'train.py'; " \
-              f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", limited, *SMALL, "--epochs", "1", "--out", str(folder.parent)],
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.splitlines() == [
-        f"train.py: error: cannot write {folder}/checkpoint.pt (File too large): what was there before is kept"]
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does by itself when it starts
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
+    try:
+        with pytest.raises(OSError) as full:
+            run("--epochs", "1", "--out", str(folder.parent))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert str(full.value) == f"cannot write {folder}/checkpoint.pt (File too large): what was there before is kept"
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_epoch(run, monkeypatch):
     folder = run("--epochs", "1", "--unfreeze", "layer4", "--lr", "layer4=0.5")
-    with pytest.raises(FloatingPointError, match="not finite in epoch 1 with --lr layer4=0.0001 fc=1e.36: try lower rates"):
+    with pytest.raises(FloatingPointError, match="not finite in epoch 1 with --lr layer4=0.0001 fc=1e.36: try lower rates$"):
         run("--epochs", "1", "--unfreeze", "layer4", "--lr", "fc=1e36")
     monkeypatch.setattr(train, "score", lambda *_: (float("nan"), 0.1))
     before = (folder / "checkpoint.pt").read_bytes()
     with pytest.raises(FloatingPointError, match=f"epoch 2 with --lr layer4=0.5 fc=0.001: .*{folder.name.replace('e1', 'e3')} keeps epoch 1"):
         run("--epochs", "1", "3", "--unfreeze", "layer4", "--lr", "layer4=0.5", "--resume", "--out", str(folder.parent))
     assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_full_disk_in_the_fill(run, monkeypatch, tmp_path):
+    def blocks(self):
+        yield 0, torch.zeros(2, 2, 2, 256)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(features.Features, "blocks", blocks)
+    with pytest.raises(OSError, match="cannot write .*/features/[0-9a-f]*.features .No space left on device.: try --cache off"):
+        run("--unfreeze", "layer4", "--cache", "disk")
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(run, monkeypatch, capsys):
+    folder = run("--epochs", "1")
+    for error, expected in ((PermissionError(13, "Permission denied"), "cannot read .*/checkpoint.pt .Permission denied"),):
+        monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(error))
+        assert re.search(expected, complaint(evaluate.main, [folder / "checkpoint.pt"], capsys))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        evaluate.main([str(folder / "checkpoint.pt")])
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
@@ -324,12 +365,13 @@ def test_a_cache_that_does_not_fit_after_all_goes_to_the_next_place(run, monkeyp
 
     monkeypatch.setattr(features.Features, "fill", full)
     found = history(run("--unfreeze", "layer4"), *LOSSES)
-    assert "does not fit in host memory after all: off" in capsys.readouterr().out
+    assert "does not fit after all (--cache host): off" in capsys.readouterr().out
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=0.02)
 
 
 def test_from_the_device_to_the_host_to_nowhere(monkeypatch, capsys):
     tried = []
+    monkeypatch.setattr(features, "free_memory", lambda *_: 2**40)
 
     class Full:
         bytes, store = 10, None
@@ -348,6 +390,7 @@ def test_from_the_device_to_the_host_to_nowhere(monkeypatch, capsys):
 
 @pytest.mark.parametrize("error, status, line", [
     (torch.OutOfMemoryError("CUDA"), 1, "error: the memory is full: lower --batch-size"), (MemoryError(), 1, "--batch-size"),
+    (RuntimeError("MPS backend out of memory"), 1, "--batch-size"), (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 1, "--batch-size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "error: the memory is full: lower --batch-size"),
     (OSError("cannot write x"), 1, "error: cannot write x"), (FloatingPointError("not finite"), 1, "error: not finite"),
     (KeyboardInterrupt(), 130, "stopped; so"), (KeyboardInterrupt(143), 143, "stopped; so")])
@@ -357,6 +400,6 @@ def test_a_script_ends_with_one_line(monkeypatch, capsys, error, status, line):
 
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
-        machine.command(main, "so")
+        machine.command(main, "so", "lower --batch-size")
     (said,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == status and line in said
