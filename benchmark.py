@@ -255,8 +255,8 @@ def main(argv: list[str] | None = None) -> None:
         if size := own.train_size or (256 if device.type == "cpu" else None):
             images = data.stratified_subset(images, min(size, full[0]), args.seed)
             test = data.stratified_subset(test, min(max(size // 4, len(images.classes)), full[1]), args.seed)
-        if own.csv and not os.access(own.csv.parent, os.W_OK):  # asked now, not after ten minutes
-            raise ValueError(f"--csv {own.csv}: name a file in a folder that can be written to")
+        if own.csv:
+            data.check_writable(own.csv)
     except (OSError, ValueError) as error:
         data.progress()
         parser.error(str(error))

@@ -9,6 +9,7 @@ copy it into yours.
 """
 
 import csv
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -319,6 +320,17 @@ def write_file(file: str | Path, content: bytes) -> None:
             part.write_bytes(content)
     except OSError as error:
         raise OSError(f"cannot write {file} ({error.strerror}): what was there before is kept") from error
+
+
+def check_writable(file: str | Path) -> None:
+    """Raises the OSError that write_file would: to be told before hours of work, not after."""
+    file = Path(file).absolute()
+    try:
+        tempfile.TemporaryFile(dir=next(path for path in file.parents if path.exists())).close()
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    except OSError as error:
+        raise OSError(f"cannot write {file} ({error.strerror}): name another file") from error
 
 
 def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:

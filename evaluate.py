@@ -15,7 +15,6 @@ import argparse
 import base64
 import functools
 import io
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -153,12 +152,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.image and (args.csv or args.per_class or args.cka):
         parser.error("--image names pictures; --csv, --per-class and --cka take the test set: one at a time")
-    if args.csv and (Path(args.csv).is_dir() or not os.access(Path(args.csv).parent, os.W_OK)):
-        parser.error(f"--csv {args.csv}: name a file in a folder that can be written to")
     keep_memory()
     load = functools.lru_cache(maxsize=1)(data.load)  # many checkpoints share one test set
     rows, failed = [], False
     try:
+        if args.csv:
+            data.check_writable(args.csv)
         pictures = [data.read_image(file) for file in args.image or []]
     except OSError as error:
         parser.error(str(error))

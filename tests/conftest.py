@@ -1,6 +1,7 @@
 """Small runs of train.py inside the test's own process, and the HTTP server that downloads are tested against."""
 
 import csv
+import functools
 import http.server
 import threading
 from pathlib import Path
@@ -31,8 +32,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def fewer_test_pictures():
-    """60 drawn test pictures, not 500."""
-    synthetic = data.synthetic
+    """60 drawn test pictures, not 500, and each drawn once."""
+    synthetic = functools.cache(data.synthetic)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "synthetic", lambda split: data.stratified_subset(synthetic(split), 60, 0)
                       if split == "test" else synthetic(split))

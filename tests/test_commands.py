@@ -98,7 +98,7 @@ def test_the_defaults_are_the_experiment():
     ([], "fp32", 0, 1e-4), (["layer4"], "fp32", 0, 1e-4), (["layer4"], "bf16", 1, 1e-2), (["layer4"], "fp16", 1, 1e-2)])
 def test_evaluation_agrees_with_the_last_epoch(run, tmp_path, unfreeze, precision, images, rel):
     """The whole network as saved, against the folded prefix and the tail; bf16 may round an image across."""
-    folder = run("--unfreeze", *unfreeze, "--precision", precision)
+    folder = run("--unfreeze", *unfreeze, "--precision", precision, "--image-size", "32", "--epochs", "1")
     evaluate.main([str(folder / "checkpoint.pt"), "--csv", str(tmp_path / "summary.csv")])
     (row,) = rows(tmp_path / "summary.csv")
     loss, accuracy = history(folder, "test_loss", "test_accuracy")[-1]
