@@ -2,6 +2,7 @@
 
     python evaluate.py results/*/checkpoint.pt
     python evaluate.py results/*/checkpoint.pt --csv results/summary.csv
+    python evaluate.py results/*/checkpoint.pt --csv results/summary.csv --logged
     python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --per-class
     python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --cka
     python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --image cat.jpg
@@ -93,7 +94,7 @@ def summary_row(path: str, checkpoint: dict, loss: float, accuracy: float, test_
     values = (Path(path).resolve().parent.name, arguments["dataset"], "+".join(checkpoint["stages"]), len(history),
               arguments["seed"], history[-1]["train_loss"], loss, accuracy, checkpoint["trainable_parameters"],
               checkpoint["seconds"], checkpoint["device"], checkpoint["precision"], checkpoint["versions"]["torch"],
-              checkpoint["settings"]["--lr"], Path(arguments["weights"]).stem, checkpoint.get("train_images"), test_images)
+              checkpoint["settings"]["--lr"], Path(arguments["weights"]).stem, checkpoint["train_images"], test_images)
     return dict(zip(SUMMARY, values, strict=True))
 
 
@@ -142,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint.pt files of train.py")
     parser.add_argument("--csv", metavar="FILE", help="write a row per checkpoint to this file")
+    parser.add_argument("--logged", action="store_true", help="what training logged for its last epoch, without scoring again")
     parser.add_argument("--per-class", action="store_true", help="accuracy per class, confusion.csv and mistakes.csv")
     parser.add_argument("--cka", action="store_true", help="similarity of the features to the pretrained ones, and cka.csv")
     parser.add_argument("--image", nargs="+", metavar="PICTURE",
@@ -150,6 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=DEVICES, help="default: as in training")
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], help="default: as in training")
     args = parser.parse_args(argv)
+    if args.logged and (args.image or args.per_class or args.cka):
+        parser.error("--logged scores nothing, --image, --per-class and --cka do: one at a time")
     if args.image and (args.csv or args.per_class or args.cka):
         parser.error("--image names pictures; --csv, --per-class and --cka take the test set: one at a time")
     keep_memory()
@@ -173,12 +177,17 @@ def main(argv: list[str] | None = None) -> None:
                 pixels = torch.from_numpy(np.stack([picture.resize((size, size), data.BILINEAR) for picture in pictures]))
                 print_top_five(path, args.image, whole_model_logits(model, pixels, size, device, precision), classes)
                 continue
-            images = load(arguments["dataset"], "test", args.data_dir or arguments["data_dir"], size, classes)
-            logits = whole_model_logits(model, images.pixels, size, device, precision)
-            row = summary_row(path, checkpoint, *score(logits, images.labels), len(logits))
+            if args.logged:
+                last, count = checkpoint["history"][-1], checkpoint["test_images"]
+                loss, accuracy = last["test_loss"], last["test_accuracy"]
+            else:
+                images = load(arguments["dataset"], "test", args.data_dir or arguments["data_dir"], size, classes)
+                logits, count = whole_model_logits(model, images.pixels, size, device, precision), len(images.labels)
+                loss, accuracy = score(logits, images.labels)
+            row = summary_row(path, checkpoint, loss, accuracy, count)
             if not rows:
                 print("train loss  test loss   accuracy  images  run")
-            print(f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%} {len(logits):7,}  "
+            print(f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%} {count:7,}  "
                   + row["run"], flush=True)
             rows.append(row)
             if args.per_class:

@@ -23,7 +23,8 @@ import data
 import freeze
 from machine import memory_is_full
 
-NEEDED = {"arguments", "classes", "device", "history", "precision", "seconds", "settings", "stages", "trainable_parameters", "versions"}
+NEEDED = {"arguments", "classes", "device", "history", "precision", "seconds", "settings", "stages", "test_images",
+          "train_images", "trainable_parameters", "versions"}
 
 
 @contextmanager

@@ -122,6 +122,14 @@ def test_the_summary_has_a_row_for_each_checkpoint(finished, tmp_path, capsys):
     assert lines[1].endswith(f"{float(one['test_accuracy']):.2%}      60  {finished.name}")
 
 
+def test_what_was_logged_is_what_is_scored(finished, tmp_path, monkeypatch, capsys):
+    evaluate.main([str(finished / "checkpoint.pt"), "--csv", str(tmp_path / "scored.csv")])
+    monkeypatch.setattr(evaluate, "predict", None)  # nothing is scored
+    evaluate.main([str(finished / "checkpoint.pt"), "--csv", str(tmp_path / "logged.csv"), "--logged"])
+    (scored,), (logged,) = rows(tmp_path / "scored.csv"), rows(tmp_path / "logged.csv")
+    assert float(logged.pop("test_loss")) == pytest.approx(float(scored.pop("test_loss")), rel=1e-4) and logged == scored
+
+
 def test_a_checkpoint_that_fails_does_not_cost_the_others_their_rows(finished, tmp_path, capsys):
     files = [str(tmp_path / "nowhere.pt"), str(finished / "checkpoint.pt")]
     assert str(tmp_path / "nowhere.pt") in complaint(evaluate.main, [*files, "--csv", tmp_path / "summary.csv"], capsys)

@@ -119,6 +119,7 @@ def below(folder: Path) -> dict[Path, tuple[int, int]]:
     ("evaluate", ["good.pt", "--image", "nowhere.jpg"], "cannot read the picture nowhere.jpg"),
     ("evaluate", ["good.pt", "--image", __file__], "cannot read the picture .*test_wrong_input.py"),
     ("evaluate", ["good.pt", "--image", __file__, "--per-class"], "one at a time"),
+    ("evaluate", ["good.pt", "--cka", "--logged"], "--logged scores nothing, .* one at a time"),
     ("evaluate", ["good.pt", "--csv", "/proc/nothing/summary.csv"], "cannot write /proc/nothing/summary.csv .No such file or directory.: name another file"),
     ("evaluate", ["good.pt", "--csv", "."], "cannot write .* .it is a folder.: name another file"),
     ("evaluate", [], "the following arguments are required: CHECKPOINT"),
