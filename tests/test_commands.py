@@ -67,6 +67,8 @@ def test_what_a_run_leaves(finished):
     assert list(table[0])[6:] == ["test_seconds", "layer4_drift"]
     assert [row["epoch"] for row in table] == ["1", "2"]
     assert all(0 <= float(row[name]) <= 1 for row in table for name in ("train_accuracy", "test_accuracy"))
+    stages = [freeze.stages(model)["layer4"] for model in (runs.read_checkpoint(finished / "checkpoint.pt")[1], freeze.build(10))]
+    assert float(table[-1]["layer4_drift"]) == pytest.approx(freeze.distance(stages[0], freeze.vector(stages[1])), rel=1e-4)
     saved = checkpoint(finished)  # read with weights_only=True: plain values and tensors
     assert saved["classes"] == list(CLASSES) and saved["stages"] == ["layer4", "fc"]
     assert saved["architecture"] == "resnet18" and saved["arguments"]["image_size"] == 48

@@ -165,3 +165,13 @@ def test_imagenet_weights_that_cannot_be_had(imagenet, fault):
     for part in (imagenet.name, str(imagenet.file.parent), "--weights"):
         assert part in str(failure.value)
     assert not list(imagenet.file.parent.parent.rglob("*.pth*"))
+
+
+def test_the_distance_is_relative_and_counts_every_parameter():
+    stage = freeze.stages(freeze.build(10))["layer3"]
+    start = freeze.vector(stage)
+    assert len(start) == 2_099_712 and freeze.distance(stage, start) == 0
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter *= 1.1
+    assert freeze.distance(stage, start) == pytest.approx(0.1, rel=1e-4)
