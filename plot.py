@@ -119,6 +119,8 @@ def sizes(runs: list[dict]) -> pyplot.Figure | None:
     """Accuracy by the number of training images: the shortest runs of each strategy that has several sizes."""
     groups = {key: by(group, "train_images") for key, group in reversed(by(runs, "label", "epochs").items())}
     shortest = {label: (epochs, points) for (label, epochs), points in groups.items() if len(points) > 1}
+    if not shortest:
+        return None
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for label, (epochs, points) in reversed(shortest.items()):
         accuracies = [[run["test_accuracy"] for run in group] for group in points.values()]
@@ -132,7 +134,7 @@ def sizes(runs: list[dict]) -> pyplot.Figure | None:
     axis.set(xlabel="training images", ylabel="test accuracy")
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.legend()
-    return figure if shortest else None
+    return figure
 
 
 def drift(runs: list[dict]) -> pyplot.Figure | None:
@@ -144,6 +146,8 @@ def drift(runs: list[dict]) -> pyplot.Figure | None:
         for column in (column for column in run["history"] if column.endswith("_drift")):
             stage = column.removesuffix("_drift")
             lines[stage, float(rates[stage]), run["unfrozen"]] = run, column
+    if not lines:
+        return None
     figure, axis = pyplot.subplots(figsize=(9, 6), layout="constrained")
     for number, ((stage, rate, _), (run, column)) in enumerate(sorted(lines.items(), key=lambda line: line[0])):
         axis.plot(run["history"]["epoch"], run["history"][column], color=f"C{number}", markersize=5, marker="os^vD*XP"[number % 8],
@@ -153,7 +157,7 @@ def drift(runs: list[dict]) -> pyplot.Figure | None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axis.set(xlabel="epoch", ylabel="‖weights − pretrained‖ / ‖pretrained‖")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
-    return figure if lines else None
+    return figure
 
 
 def confusion(file: Path) -> pyplot.Figure:
