@@ -32,7 +32,8 @@ from machine import DEVICES, PRECISIONS, autocast, command, keep_memory, pick_de
 from runs import fingerprint, read_checkpoint
 
 SUMMARY = ("run", "dataset", "unfrozen", "epochs", "seed", "train_loss", "test_loss", "test_accuracy",
-           "trainable_parameters", "seconds", "device", "precision", "torch", "learning_rates", "weights", "train_images", "test_images")
+           "trainable_parameters", "seconds", "device", "precision", "torch", "learning_rates", "weights",
+           "train_images", "test_images")
 
 
 # ---------------------------------------------------------------- scoring
@@ -54,29 +55,26 @@ def score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
 def whole_model_logits(model: nn.Module, pixels: torch.Tensor, image_size: int, device: torch.device,
                        precision: str) -> torch.Tensor:
     """Logits, float32 [N, classes] on the CPU, of a whole model for uint8 [N, H, W, 3]."""
+    return predict(model, prepared(pixels, image_size, device), device, precision).cpu()
 
-    def batches() -> Iterator[torch.Tensor]:
-        for start in range(0, len(pixels), 128):
-            yield data.transform(pixels[start:start + 128].to(device), image_size)
-            data.progress(f"scoring: {start:,} of {len(pixels):,} images")
 
-    logits = predict(model, batches(), device, precision).cpu()
+def prepared(pixels: torch.Tensor, image_size: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Images as the network sees them, 128 at a time, with live progress."""
+    for start in range(0, len(pixels), 128):
+        yield data.transform(pixels[start:start + 128].to(device), image_size)
+        data.progress(f"scoring: {start:,} of {len(pixels):,} images")
     data.progress()
-    return logits
 
 
 @torch.inference_mode()
 def stage_features(model: nn.Module, pixels: torch.Tensor, image_size: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Each backbone stage's output in eval mode, averaged over the picture, float64 [N, channels] by stage."""
-    parts = {name: [] for name in freeze.STAGES[:-1]}
-    model.to(device).eval()
-    for start in range(0, len(pixels), 128):
-        x = data.transform(pixels[start:start + 128].to(device), image_size)
-        for name, kept in parts.items():
-            x = freeze.stages(model)[name](x)
-            kept.append(x.mean((2, 3)).cpu().double())
-        data.progress(f"features: {start:,} of {len(pixels):,} images")
-    data.progress()
+    *backbone, _ = freeze.stages(model.to(device).eval()).items()
+    parts = {name: [] for name, _ in backbone}
+    for x in prepared(pixels, image_size, device):
+        for name, stage in backbone:
+            x = stage(x)
+            parts[name].append(x.mean((2, 3)).cpu().double())
     return {name: torch.cat(kept) for name, kept in parts.items()}
 
 
@@ -124,8 +122,10 @@ def report_cka(folder: Path, checkpoint: dict, model: nn.Module, pixels: torch.T
     pretrained = freeze.build(len(checkpoint["classes"]), freeze.load_weights(arguments["weights"]), arguments["seed"])
     if fingerprint(*pretrained.state_dict().values()) != checkpoint["settings"]["weights of sha256"]:
         raise ValueError(f"{arguments['weights']} is not what the run began with: --cka compares with that")
-    now, before = (stage_features(network, pixels, arguments["image_size"], device) for network in (model, pretrained))
-    rows = [(stage, linear_cka(now[stage], before[stage])) for stage in checkpoint["stages"][:-1]]
+    rows = []
+    if learned := checkpoint["stages"][:-1]:
+        now, before = (stage_features(network, pixels, arguments["image_size"], device) for network in (model, pretrained))
+        rows = [(stage, linear_cka(now[stage], before[stage])) for stage in learned]
     for stage, cka in rows:
         print(f"{'':21} {cka:10.4f}    CKA of {stage} with the pretrained one")
     data.write_csv(folder / "cka.csv", ["stage", "cka"], rows)

@@ -12,7 +12,6 @@ through the prefix into a lookup.
 """
 
 import functools
-import hashlib
 import os
 import time
 from collections import deque
@@ -24,6 +23,7 @@ from torch import nn
 
 from data import progress, remove_leftovers, transform, whole_file
 from machine import free_memory, memory_is_full
+from runs import fingerprint
 
 PLACES = ("auto", "device", "host", "disk", "off")
 ROOM = 2 * 2**30  # bytes left free for training beside the cache
@@ -131,10 +131,7 @@ class Features:
     def name(self) -> str:
         """The name of these features' file: a hash of all that they depend on."""
         settings = repr((self.prefix, self.shape, self.image_size, self.dtype, self.device.type))
-        digest = hashlib.sha256(settings.encode())
-        for tensor in (*self.prefix.state_dict().values(), self.pixels):
-            digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-        return f"{digest.hexdigest()[:16]}.features"
+        return f"{fingerprint(*self.prefix.state_dict().values(), self.pixels, text=settings)}.features"
 
     def found(self, file: Path) -> bool:
         """Takes a file as the store if it is whole and some rows are what the prefix computes now."""
@@ -159,8 +156,7 @@ def fill_all(features: Sequence[Features], place: str, device: torch.device, fol
             raise
         for feature in features:
             feature.store = None
-    room = free_memory("host", device, folder) - sum(feature.bytes for feature in features)
-    after = "host" if place == "device" and room > ROOM else "off"
+    after = choose_place("auto", features, torch.device("cpu"), folder)[0] if place == "device" else "off"
     progress()
     print(f"         does not fit after all (--cache {place}): {after}", flush=True)
     return fill_all(features, after, device, folder)

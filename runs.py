@@ -116,9 +116,9 @@ def go_on_from(saved: dict[int, dict], directories: Iterable[int]) -> dict | Non
     return max(usable, key=lambda checkpoint: len(checkpoint["history"]), default=None)
 
 
-def fingerprint(*tensors: torch.Tensor) -> str:
-    """The first 64 bits of the sha256 of tensors' values, in hexadecimal."""
-    digest = hashlib.sha256()
+def fingerprint(*tensors: torch.Tensor, text: str = "") -> str:
+    """The first 64 bits of the sha256 of a text and of tensors' values, in hexadecimal."""
+    digest = hashlib.sha256(text.encode())
     for tensor in tensors:
         digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

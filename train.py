@@ -143,7 +143,8 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
             print(f"{directory}: finished")
         if not directories:
             return
-        pretrained = {name: (stage, freeze.vector(stage)) for name, stage in freeze.stages(model).items() if name in unfrozen[:-1]}
+        pretrained = {name: (stage, freeze.vector(stage)) for name, stage in freeze.stages(model).items()
+                      if name in unfrozen[:-1]}
         if checkpoint:
             model.load_state_dict(checkpoint["model"])
         freeze.freeze(model, unfrozen)
@@ -200,7 +201,8 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         history, began = list(checkpoint["history"]), began - checkpoint["seconds"]
         print(f"resumed  after epoch {len(history)}")
     about = {  # plain values, so that the checkpoint can be read with weights_only=True
-        "architecture": "resnet18", "classes": list(train.classes), "stages": unfrozen, "settings": settings, "train_images": len(inputs), "test_images": len(test_inputs),
+        "architecture": "resnet18", "classes": list(train.classes), "stages": unfrozen, "settings": settings,
+        "train_images": len(inputs), "test_images": len(test_inputs),
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "device": device_name(device), "precision": precision, "fill_seconds": fill_seconds,

@@ -37,6 +37,7 @@ def test_flops_are_counted_as_by_hand():
     """fc: 512 x 10 products forward and for the weights' gradient; layer4 + fc at 224x224: DESIGN's convolutions."""
     assert benchmark.work(["fc"], 64)[0] == 2 * 2 * 512 * 10
     first, second, shortcut = 9 * 256 * 512 * 49, 9 * 512 * 512 * 49, 256 * 512 * 49
-    tail, prefix = benchmark.work(["layer4", "fc"], 224)
+    tail, prefix, numbers = benchmark.work(["layer4", "fc"], 224)
+    assert numbers == 256 * 14 * 14
     assert tail == 2 * (3 * (first + 3 * second + shortcut) - first - shortcut) + 2 * 3 * 512 * 10
     assert prefix + 2 * (first + 3 * second + shortcut) + 2 * 512 * 10 == 2 * 1_814_073_344 - 2 * 512 * 990

@@ -373,7 +373,7 @@ def test_from_the_device_to_the_host_to_nowhere(monkeypatch, capsys):
     monkeypatch.setattr(features, "free_memory", lambda *_: 2**40)
 
     class Full:
-        bytes, store = 10, None
+        bytes, store, prefix = 10, None, [None]
 
         def fill(self, place, folder):
             tried.append(place)
