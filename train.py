@@ -45,6 +45,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         help="learning rates other than the default ones: " + " ".join(f"{stage}={rate:g}" for stage, rate in freeze.LEARNING_RATES.items()))
     add("--epochs", type=whole_number(1), nargs="+", default=[10],
         help="default: 10; of several, each leaves the run that it alone would have left")
+    add("--frozen-batchnorm", choices=["eval", "train"], default="eval",
+        help="train: the usual mistake, to see what it costs; nothing can be computed once then (default: eval)")
     add("--batch-size", type=whole_number(1), default=128, help="default: 128")
     add("--image-size", type=whole_number(32, 4096), default=224,
         help="side of the square the network sees (default: 224)")
@@ -88,6 +90,7 @@ def run_name(args: argparse.Namespace, unfrozen: list[str], epochs: int) -> str:
     dataset = args.data_dir.name if args.dataset == "folder" else args.dataset
     name = f"{dataset}-{'+'.join(unfrozen[:-1]) or 'fc'}-e{epochs}-s{args.seed}"
     name += f"-n{args.train_size}" if args.train_size else ""
+    name += "-mistake" if args.frozen_batchnorm == "train" else ""
     name += f"-b{args.batch_size}" if args.batch_size != 128 else ""
     name += f"-px{args.image_size}" if args.image_size != 224 else ""
     name += f"-{Path(args.weights).stem}" if args.weights != "imagenet" else ""
@@ -125,10 +128,11 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         model = freeze.build(len(train.classes), weights, args.seed).to(device)
         learning_rates = " ".join(f"{stage}={rates[stage]:g}" for stage in unfrozen)
         settings = {  # what makes a run the run it is
-            "--unfreeze": " ".join(unfrozen), "--lr": learning_rates, "--batch-size": args.batch_size,
+            "--unfreeze": " ".join(unfrozen), "--frozen-batchnorm": args.frozen_batchnorm, "--lr": learning_rates, "--batch-size": args.batch_size,
             "--image-size": args.image_size, "--train-size": args.train_size or "all", "--seed": args.seed,
             "--device": device.type, "--precision": precision, "classes": ", ".join(train.classes),
-            "images of sha256": runs.fingerprint(train.pixels, train.labels, test.pixels, test.labels),
+            "train images of sha256": runs.fingerprint(train.pixels, train.labels),
+            "test images of sha256": runs.fingerprint(test.pixels, test.labels),
             "weights of sha256": runs.fingerprint(*model.state_dict().values()),
         }
         directories = {epochs: args.out / run_name(args, unfrozen, epochs) for epochs in sorted(args.epochs)}
@@ -148,7 +152,8 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         if checkpoint:
             model.load_state_dict(checkpoint["model"])
         freeze.freeze(model, unfrozen)
-        prefix, tail = freeze.split(model, unfrozen)
+        moving = unfrozen if args.frozen_batchnorm == "eval" else freeze.STAGES  # what runs in train mode
+        prefix, tail = freeze.split(model, moving)
         dtype = PRECISIONS[precision]
         inputs = Features(prefix, train.pixels, args.image_size, device, dtype, mirrored=True)
         test_inputs = Features(prefix, test.pixels, args.image_size, device, dtype, mirrored=False)
@@ -213,7 +218,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
     longest = max(directories)
     for epoch in range(len(history) + 1, longest + 1):
         start = time.monotonic()
-        freeze.train_mode(model, unfrozen)
+        freeze.train_mode(model, moving)
         order, flips = data.epoch_order(len(inputs), args.seed, epoch)
         loss_sum.zero_()
         correct.zero_()
@@ -224,7 +229,8 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         train_loss, train_accuracy = loss_sum.item() / len(inputs), correct.item() / len(inputs)
         trained = time.monotonic()
         data.progress(f"epoch {epoch}: testing")
-        test_loss, test_accuracy = score(predict(tail, test_inputs.batches(128), device, precision), test_labels)
+        logits = predict(tail, test_inputs.batches(128), device, precision)
+        test_loss, test_accuracy = score(logits, test_labels)
         if not math.isfinite(train_loss + test_loss):
             kept = max(epoch - 1, done[longest])
             raise FloatingPointError(f"the loss is not finite in epoch {epoch} with --lr {learning_rates}: try lower rates"
@@ -233,7 +239,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
                         "test_accuracy": test_accuracy, "train_seconds": trained - start, "test_seconds": time.monotonic() - trained}
                        | {f"{name}_drift": freeze.distance(stage, before) for name, (stage, before) in pretrained.items()})
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                 "history": history, "seconds": time.monotonic() - began}
+                 "test_correct": (logits.argmax(1) == test_labels).cpu(), "history": history, "seconds": time.monotonic() - began}
         for epochs in {epoch, longest} & directories.keys():
             if epoch > done[epochs]:  # what has come further is not taken back
                 runs.write(directories[epochs], about | state)

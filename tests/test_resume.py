@@ -199,8 +199,8 @@ def test_another_run_of_the_same_name_is_not_resumed_nor_replaced(run, capsys, m
         patch.setitem(freeze.LEARNING_RATES, "layer4", 3e-4)
         refused("--lr layer4=0.0001 fc=0.001, not layer4=0.0003 fc=0.001")
     images = data.synthetic("test")
-    for changed, expected in ((images._replace(pixels=images.pixels ^ 1), "images of sha256 "),
-                              (images._replace(labels=images.labels.roll(1)), "images of sha256 "),
+    for changed, expected in ((images._replace(pixels=images.pixels ^ 1), "train images of sha256 "),
+                              (images._replace(labels=images.labels.roll(1)), "train images of sha256 "),
                               (images._replace(classes=("other", *images.classes[1:])), "classes bars, checks, ")):
         with monkeypatch.context() as patch:
             patch.setattr(data, "synthetic", lambda split: changed)
