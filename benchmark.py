@@ -129,7 +129,7 @@ def ours(root: Path, unfrozen: list[str], epochs: int, args: Namespace, cache: s
     history = saved["history"]
     return peaks(pick_device(args.device)) | {
         "fill_seconds": saved["fill_seconds"] if cache != "off" else 0.0, "train_seconds": [row["train_seconds"] for row in history],
-        "eval_seconds": [row["test_seconds"] for row in history],
+        "eval_seconds": [row["seconds"] - row["train_seconds"] for row in history],
         "train_loss": history[-1]["train_loss"], "test_accuracy": history[-1]["test_accuracy"]}
 
 

@@ -3,10 +3,13 @@
     python evaluate.py results/*/checkpoint.pt
     python evaluate.py results/*/checkpoint.pt --csv results/summary.csv
     python evaluate.py results/*/checkpoint.pt --csv results/summary.csv --logged
+    python evaluate.py results/*-e10-s0/checkpoint.pt --paired results/paired.csv
     python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --per-class
     python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --cka
     python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --image cat.jpg
 
+--paired compares every two of them image by image, which tells smaller
+differences apart than comparing their accuracies does.
 Beside the checkpoint, --per-class also writes the confusion matrix and the
 most confident mistakes, confusion.csv and mistakes.csv, for plot.py; --cka
 writes cka.csv: how alike each stage's features still are to the pretrained.
@@ -16,6 +19,7 @@ import argparse
 import base64
 import functools
 import io
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,7 +37,8 @@ from runs import fingerprint, read_checkpoint
 
 SUMMARY = ("run", "dataset", "unfrozen", "epochs", "seed", "train_loss", "test_loss", "test_accuracy",
            "trainable_parameters", "seconds", "device", "precision", "torch", "learning_rates", "weights",
-           "train_images", "test_images")
+           "train_images", "test_images", "frozen_batchnorm")
+PAIRED = ("run", "other", "difference", "standard_error", "only_run_right", "only_other_right", "test_images")
 
 
 # ---------------------------------------------------------------- scoring
@@ -92,8 +97,31 @@ def summary_row(path: str, checkpoint: dict, loss: float, accuracy: float, test_
     values = (Path(path).resolve().parent.name, arguments["dataset"], "+".join(checkpoint["stages"]), len(history),
               arguments["seed"], history[-1]["train_loss"], loss, accuracy, checkpoint["trainable_parameters"],
               checkpoint["seconds"], checkpoint["device"], checkpoint["precision"], checkpoint["versions"]["torch"],
-              checkpoint["settings"]["--lr"], Path(arguments["weights"]).stem, checkpoint["train_images"], test_images)
+              checkpoint["settings"]["--lr"], Path(arguments["weights"]).stem, checkpoint["train_images"], test_images,
+              checkpoint["settings"]["--frozen-batchnorm"])
     return dict(zip(SUMMARY, values, strict=True))
+
+
+def paired(correct: torch.Tensor, other: torch.Tensor) -> tuple[float, float, int, int]:
+    """How much more accurate one network is than another on the same images, its standard error, and
+    how many images only the one and only the other got right; bool [N] each. The images that both get
+    right, or both wrong, say nothing about the difference (McNemar 1947)."""
+    only, only_other, count = (correct & ~other).sum().item(), (other & ~correct).sum().item(), len(correct)
+    difference = (only - only_other) / count
+    return difference, ((only + only_other) / count - difference**2) ** 0.5 / count**0.5, only, only_other
+
+
+def report_pairs(file: str, runs: list[tuple[str, str, torch.Tensor]]) -> None:
+    """Prints and writes every comparison of two runs on the same images. runs: (name, images, correct).
+    Raises ValueError if there is none."""
+    rows = [(name, other, *paired(correct, other_correct), len(correct))
+            for (other, images, other_correct), (name, same, correct) in itertools.combinations(runs, 2) if images == same]
+    if not rows:
+        raise ValueError("--paired takes two checkpoints or more, of the same test images")
+    for name, other, difference, error, only, only_other, count in rows:
+        print(f"{name}\n  against {other}: {100 * difference:+.2f} ± {100 * error:.2f} points,\n"
+              f"  {only:,} of {count:,} images right that the other gets wrong, {only_other:,} the other way round")
+    data.write_csv(file, PAIRED, rows)
 
 
 def report_classes(folder: Path, logits: torch.Tensor, images: data.Images) -> None:
@@ -143,6 +171,7 @@ def main(argv: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint.pt files of train.py")
     parser.add_argument("--csv", metavar="FILE", help="write a row per checkpoint to this file")
+    parser.add_argument("--paired", metavar="FILE", help="compare every two checkpoints image by image, and write that to this file")
     parser.add_argument("--logged", action="store_true", help="what training logged for its last epoch, without scoring again")
     parser.add_argument("--per-class", action="store_true", help="accuracy per class, confusion.csv and mistakes.csv")
     parser.add_argument("--cka", action="store_true", help="similarity of the features to the pretrained ones, and cka.csv")
@@ -154,14 +183,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.logged and (args.image or args.per_class or args.cka):
         parser.error("--logged scores nothing, --image, --per-class and --cka do: one at a time")
-    if args.image and (args.csv or args.per_class or args.cka):
-        parser.error("--image names pictures; --csv, --per-class and --cka take the test set: one at a time")
+    if args.image and (args.csv or args.paired or args.per_class or args.cka):
+        parser.error("--image names pictures; --csv, --paired, --per-class and --cka take the test set: one at a time")
     keep_memory()
     load = functools.lru_cache(maxsize=1)(data.load)  # many checkpoints share one test set
-    rows, failed = [], False
+    rows, answers, failed = [], [], False
     try:
-        if args.csv:
-            data.check_writable(args.csv)
+        for file in filter(None, (args.csv, args.paired)):
+            data.check_writable(file)
         pictures = [data.read_image(file) for file in args.image or []]
     except OSError as error:
         parser.error(str(error))
@@ -179,17 +208,20 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             if args.logged:
                 last, count = checkpoint["history"][-1], checkpoint["test_images"]
-                loss, accuracy = last["test_loss"], last["test_accuracy"]
+                loss, accuracy, correct = last["test_loss"], last["test_accuracy"], checkpoint["test_correct"]
+                test_set = checkpoint["settings"]["test images of sha256"]
             else:
                 images = load(arguments["dataset"], "test", args.data_dir or arguments["data_dir"], size, classes)
                 logits, count = whole_model_logits(model, images.pixels, size, device, precision), len(images.labels)
                 loss, accuracy = score(logits, images.labels)
+                correct, test_set = logits.argmax(1) == images.labels, fingerprint(images.pixels, images.labels)
             row = summary_row(path, checkpoint, loss, accuracy, count)
             if not rows:
                 print("train loss  test loss   accuracy  images  run")
             print(f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%} {count:7,}  "
                   + row["run"], flush=True)
             rows.append(row)
+            answers.append((row["run"], test_set, correct))
             if args.per_class:
                 report_classes(Path(path).parent, logits, images)
             if args.cka:
@@ -200,6 +232,11 @@ def main(argv: list[str] | None = None) -> None:
             failed = True
     if args.csv and rows:
         data.write_csv(args.csv, SUMMARY, [row.values() for row in rows])
+    if args.paired and rows:
+        try:
+            report_pairs(args.paired, answers)
+        except ValueError as error:
+            parser.error(str(error))
     if failed:
         sys.exit(2)
 

@@ -179,7 +179,7 @@ def choose_place(wanted: str, features: Sequence[Features], device: torch.device
     if wanted == "off":
         return "off", f"off as asked, {text} recomputed in every epoch"
     if wanted == "auto" and not len(features[0].prefix):
-        return "off", "off, no stage before the first that learns"
+        return "off", "off, no stage whose output stays the same"
     places = [wanted] if wanted != "auto" else ["device", "host"] if device.type == "cuda" else ["host"]
     where = {"device": "in device memory", "host": "in host memory", "disk": f"in {folder}"}
     free = {place: free_memory(place, device, folder) for place in places}

@@ -12,6 +12,7 @@ import argparse
 import base64
 import csv
 import io
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +31,11 @@ except ImportError:
 # Colours that the colour-blind can tell apart (Okabe and Ito 2008); lines and markers that a black and white print can.
 STYLES = {"fc": dict(color="#009E73", linestyle=":", marker="s"), "fc + layer4": dict(color="#D55E00", linestyle="--", marker="^"),
           "fc + layer3 + layer4": dict(color="#0072B2", linestyle="-", marker="o")}
-OTHERS = dict(color="#777777", linestyle="-.", marker="D")
+OTHERS = [dict(color=color, linestyle="-.", marker=marker) for color, marker in (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#777777", "X"))]
 RATES = ("fc=0.001", "layer4=0.0001 fc=0.001", "layer3=1e-05 layer4=0.0001 fc=0.001")  # which go without saying
 PUBLISHED = {("fc + layer4", 10): 0.9133, ("fc + layer3 + layer4", 10): 0.9230,
              ("fc + layer4", 50): 0.9201, ("fc + layer3 + layer4", 50): 0.9335}
+FULL_SIZE = 40_000  # training images from which a run may stand beside those figures, which are of 50,000
 
 
 def read(folder: Path) -> list[dict]:
@@ -47,15 +49,18 @@ def read(folder: Path) -> list[dict]:
         for row in read_csv(summary):
             file = folder / row["run"] / "history.csv"
             lines = read_csv(file)
-            label = " + ".join(["fc", *row["unfrozen"].split("+")[:-1]])
-            label += "" if row["learning_rates"] in RATES else f" ({row['learning_rates']})"
+            strategy = " + ".join(["fc", *row["unfrozen"].split("+")[:-1]])
+            strategy += ", usual mistake" if row["frozen_batchnorm"] == "train" else ""
+            label = strategy + ("" if row["learning_rates"] in RATES else f" ({row['learning_rates']})")
             runs.append(row | {name: int(row[name]) for name in ("epochs", "seed", "train_images", "test_images")} | {
-                "label": label, "test_accuracy": float(row["test_accuracy"]),
+                "strategy": strategy, "label": label, "test_accuracy": float(row["test_accuracy"]),
                 "history": {name: np.array([float(line[name]) for line in lines]) for name in lines[0]}})
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"{file or summary} or {summary} is not what train.py and evaluate.py write ({error!r})") from error
-    order = [*STYLES, *(run["label"] for run in runs)]
-    return sorted(runs, key=lambda run: (order.index(run["label"]), run["epochs"], run["train_images"], run["seed"]))
+    styles = STYLES | dict(zip(sorted({run["label"] for run in runs} - STYLES.keys()), itertools.cycle(OTHERS)))
+    order = list(styles)
+    return sorted((run | {"style": styles[run["label"]]} for run in runs),
+                  key=lambda run: (order.index(run["label"]), run["epochs"], run["train_images"], run["seed"]))
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:
@@ -71,17 +76,13 @@ def by(runs: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     return groups
 
 
-def on_all_images(runs: list[dict]) -> list[dict]:
-    return [run for run in runs if run["train_images"] == max(run["train_images"] for run in runs)]
-
-
 def curves(runs: list[dict]) -> pyplot.Figure:
     """Loss and accuracy by epoch in the longest runs: the mean over the seeds, their spread as a band."""
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    longest = {label: group for (label, _), group in by(on_all_images(runs), "label", "epochs").items()}
+    longest = {label: group for (label, _), group in by(runs, "label", "epochs").items()}
     for axis, column in zip(axes.flat, ("train_loss", "test_loss", "train_accuracy", "test_accuracy")):
         for label, group in longest.items():
-            values, style = np.array([run["history"][column] for run in group]), STYLES.get(label, OTHERS)
+            values, style = np.array([run["history"][column] for run in group]), group[0]["style"]
             epoch = group[0]["history"]["epoch"]
             seeds = f"{len(group)} seeds" if len(group) > 1 else "1 seed"
             axis.plot(epoch, values.mean(0), label=f"{label} ({seeds})", markersize=4, markevery=len(epoch) // 10 or 1, **style)
@@ -97,15 +98,16 @@ def curves(runs: list[dict]) -> pyplot.Figure:
 
 def table(runs: list[dict]) -> pyplot.Figure:
     """The accuracy after the last epoch beside the published one."""
-    groups = by(on_all_images(runs), "label", "epochs")
+    groups = by(runs, "label", "epochs")
+    published = PUBLISHED if runs[0]["train_images"] >= FULL_SIZE else {}
     figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.45 * len(groups)), layout="constrained")
     for height, ((label, epochs), group) in enumerate(groups.items()):
         accuracies = np.array([run["test_accuracy"] for run in group])
         error = np.sqrt(accuracies.mean() * (1 - accuracies.mean()) / group[0]["test_images"])
-        axis.errorbar(accuracies.mean(), height, xerr=error, capsize=4, **STYLES.get(label, OTHERS) | {"linestyle": "none"})
+        axis.errorbar(accuracies.mean(), height, xerr=error, capsize=4, **group[0]["style"] | {"linestyle": "none"})
         axis.plot(accuracies, [height] * len(group), "|", color="black", markersize=12)
-        axis.plot(PUBLISHED.get((label, epochs), np.nan), height, "x", color="black", markersize=9)
-    for style, meaning in (("k|", "a seed"), ("ko", "their mean, ± the test set's standard error"), ("kx", "published")):
+        axis.plot(published.get((label, epochs), np.nan), height, "x", color="black", markersize=9)
+    for style, meaning in (("k|", "a seed"), ("ko", "their mean, ± the test set's standard error"), ("kx", "published"))[:3 if published else 2]:
         axis.plot([], [], style, label=meaning)
     axis.set_yticks(range(len(groups)), [f"{label}, {epochs} epochs" for label, epochs in groups])
     axis.set_ylim(len(groups) - 0.4, -0.6)
@@ -126,7 +128,7 @@ def sizes(runs: list[dict]) -> pyplot.Figure | None:
         accuracies = [[run["test_accuracy"] for run in group] for group in points.values()]
         mean = np.array([np.mean(values) for values in accuracies])
         spread = mean - [min(values) for values in accuracies], [max(values) for values in accuracies] - mean
-        axis.errorbar([size for (size,) in points], mean, yerr=spread, capsize=3, label=f"{label}, {epochs} epochs", **STYLES.get(label, OTHERS))
+        axis.errorbar([size for (size,) in points], mean, yerr=spread, capsize=3, label=f"{label}, {epochs} epochs", **points[min(points)][0]["style"])
     axis.set_xscale("log")
     ticks = sorted({size for _, points in shortest.values() for (size,) in points})
     axis.set_xticks(ticks, [f"{size:,}" for size in ticks])
@@ -145,14 +147,14 @@ def drift(runs: list[dict]) -> pyplot.Figure | None:
         rates = dict(part.split("=") for part in run["learning_rates"].split())
         for column in (column for column in run["history"] if column.endswith("_drift")):
             stage = column.removesuffix("_drift")
-            lines[stage, float(rates[stage]), run["unfrozen"]] = run, column
+            lines[stage, float(rates[stage]), run["strategy"]] = run, column
     if not lines:
         return None
     figure, axis = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    for number, ((stage, rate, _), (run, column)) in enumerate(sorted(lines.items(), key=lambda line: line[0])):
+    for number, ((stage, rate, strategy), (run, column)) in enumerate(sorted(lines.items(), key=lambda line: line[0])):
         axis.plot(run["history"]["epoch"], run["history"][column], color=f"C{number}", markersize=5, marker="os^vD*XP"[number % 8],
                   linestyle=("-", "--", ":", "-.")[number % 4], markevery=run["epochs"] // 10 or 1,
-                  label=f"{stage} at {rate:g}, with {run['label'].partition(' (')[0]}, {run['train_images']:,} images")
+                  label=f"{stage} at {rate:g}, with {strategy}, {run['train_images']:,} images")
     axis.set_yscale("log")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axis.set(xlabel="epoch", ylabel="‖weights − pretrained‖ / ‖pretrained‖")
@@ -195,8 +197,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         datasets = by(read(folder), "dataset")
         for (dataset,), runs in datasets.items():
-            for draw in (curves, table, sizes, drift):
-                save(draw, runs, folder / f"{dataset + '-' if len(datasets) > 1 else ''}{draw.__name__}.png")
+            prefix = f"{dataset}-" if len(datasets) > 1 else ""
+            by_size = {size: group for (size,), group in by(runs, "train_images").items()}
+            for size, group in by_size.items():  # of the smaller ones, those that compare something
+                if size == max(by_size) or len(by(group, "label")) > 1:
+                    for draw in (curves, table):
+                        save(draw, group, folder / f"{prefix}{draw.__name__}{'' if size == max(by_size) else f'-{size}'}.png")
+            for draw in (sizes, drift):
+                save(draw, runs, folder / f"{prefix}{draw.__name__}.png")
         for draw in (confusion, mistakes):
             for file in sorted(folder.glob(f"*/{draw.__name__}.csv")):
                 save(draw, file, file.with_suffix(".png"))

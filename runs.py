@@ -23,7 +23,7 @@ import data
 import freeze
 from machine import memory_is_full
 
-NEEDED = {"arguments", "classes", "device", "history", "precision", "seconds", "settings", "stages", "test_images",
+NEEDED = {"arguments", "classes", "device", "history", "precision", "seconds", "settings", "stages", "test_correct", "test_images",
           "train_images", "trainable_parameters", "versions"}
 
 

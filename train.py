@@ -107,6 +107,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
     began = time.monotonic()
     parser, args = parse(argv)
     unfrozen = [stage for stage in freeze.STAGES if stage in [*args.unfreeze, "fc"]]
+    in_train_mode = unfrozen if args.frozen_batchnorm == "eval" else freeze.STAGES
     rates = freeze.LEARNING_RATES | dict(args.lr)
     keep_memory()
     try:
@@ -122,7 +123,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         if len(train.classes) < 2:
             raise ValueError(f"{args.data_dir} holds one class, {train.classes[0]}: telling classes apart takes two")
         last_batch = len(train.labels) % args.batch_size or args.batch_size
-        if last_batch == 1 and args.image_size == 32 and "layer4" in unfrozen:
+        if last_batch == 1 and args.image_size == 32 and "layer4" in in_train_mode:
             raise ValueError(f"--batch-size {args.batch_size} leaves a batch of one of the {len(train.labels)} images, "
                              "from which layer4's BatchNorm cannot learn at --image-size 32: change either")
         model = freeze.build(len(train.classes), weights, args.seed).to(device)
@@ -152,8 +153,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         if checkpoint:
             model.load_state_dict(checkpoint["model"])
         freeze.freeze(model, unfrozen)
-        moving = unfrozen if args.frozen_batchnorm == "eval" else freeze.STAGES  # what runs in train mode
-        prefix, tail = freeze.split(model, moving)
+        prefix, tail = freeze.split(model, in_train_mode)
         dtype = PRECISIONS[precision]
         inputs = Features(prefix, train.pixels, args.image_size, device, dtype, mirrored=True)
         test_inputs = Features(prefix, test.pixels, args.image_size, device, dtype, mirrored=False)
@@ -168,7 +168,8 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
     print(f"{'stage':<8} {'parameters':>12}")
     for name, stage in freeze.stages(model).items():
         count = sum(parameter.numel() for parameter in stage.parameters())
-        print(f"{name:<8} {count:>12,}  " + (f"learns at {rates[name]:g}" if name in unfrozen else "frozen"))
+        print(f"{name:<8} {count:>12,}  " + (f"learns at {rates[name]:g}" if name in unfrozen
+              else "frozen, BatchNorm in train mode" if name in in_train_mode else "frozen"))
     no_cuda = ", no CUDA device found" if args.device == "auto" and device.type != "cuda" else ""
     print(f"device   {device_name(device)}, {precision}{no_cuda}")
     print(f"cache    {reason}", flush=True)
@@ -218,7 +219,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
     longest = max(directories)
     for epoch in range(len(history) + 1, longest + 1):
         start = time.monotonic()
-        freeze.train_mode(model, moving)
+        freeze.train_mode(model, in_train_mode)
         order, flips = data.epoch_order(len(inputs), args.seed, epoch)
         loss_sum.zero_()
         correct.zero_()
@@ -236,7 +237,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
             raise FloatingPointError(f"the loss is not finite in epoch {epoch} with --lr {learning_rates}: try lower rates"
                                      + (f"; {directories[longest]} keeps epoch {kept}" if kept else ""))
         history.append({"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "test_loss": test_loss,
-                        "test_accuracy": test_accuracy, "train_seconds": trained - start, "test_seconds": time.monotonic() - trained}
+                        "test_accuracy": test_accuracy, "seconds": time.monotonic() - start, "train_seconds": trained - start}
                        | {f"{name}_drift": freeze.distance(stage, before) for name, (stage, before) in pretrained.items()})
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                  "test_correct": (logits.argmax(1) == test_labels).cpu(), "history": history, "seconds": time.monotonic() - began}

@@ -63,8 +63,8 @@ def test_what_a_run_leaves(finished):
     assert finished.name == "synthetic-layer4-e2-s0-n60-b25-px48-none-fp32-layer4=0.001"
     assert {file.name for file in finished.iterdir()} == {"history.csv", "checkpoint.pt"}
     table = rows(finished / "history.csv")
-    assert list(table[0])[:6] == ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "train_seconds"]
-    assert list(table[0])[6:] == ["test_seconds", "layer4_drift"]
+    assert list(table[0])[:6] == ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds"]
+    assert list(table[0])[6:] == ["train_seconds", "layer4_drift"]
     assert [row["epoch"] for row in table] == ["1", "2"]
     assert all(0 <= float(row[name]) <= 1 for row in table for name in ("train_accuracy", "test_accuracy"))
     stages = [freeze.stages(model)["layer4"] for model in (runs.read_checkpoint(finished / "checkpoint.pt")[1], freeze.build(10))]
@@ -114,7 +114,7 @@ def test_the_summary_has_a_row_for_each_checkpoint(finished, tmp_path, capsys):
     one, two = rows(tmp_path / "summary.csv")
     assert list(one) == ["run", "dataset", "unfrozen", "epochs", "seed", "train_loss", "test_loss", "test_accuracy",
                          "trainable_parameters", "seconds", "device", "precision", "torch", "learning_rates", "weights",
-                         "train_images", "test_images"]
+                         "train_images", "test_images", "frozen_batchnorm"]
     assert (one["run"], two["run"]) == (finished.name, "other")
     assert (one["dataset"], one["unfrozen"], one["epochs"], one["seed"]) == ("synthetic", "layer4+fc", "2", "0")
     assert float(one["train_loss"]) == history(finished, "train_loss")[-1][0]
@@ -130,6 +130,36 @@ def test_what_was_logged_is_what_is_scored(finished, tmp_path, monkeypatch, caps
     evaluate.main([str(finished / "checkpoint.pt"), "--csv", str(tmp_path / "logged.csv"), "--logged"])
     (scored,), (logged,) = rows(tmp_path / "scored.csv"), rows(tmp_path / "logged.csv")
     assert float(logged.pop("test_loss")) == pytest.approx(float(scored.pop("test_loss")), rel=1e-4) and logged == scored
+
+
+def test_runs_are_compared_image_by_image(run, tmp_path, capsys):
+    files = [str(run(*flags) / "checkpoint.pt") for flags in (["--epochs", "1"], ["--unfreeze", "layer4", "--lr", "layer4=1e-3"])]
+    capsys.readouterr()
+    evaluate.main([*files, "--paired", str(tmp_path / "scored.csv")])
+    evaluate.main([*files, "--paired", str(tmp_path / "logged.csv"), "--logged"])
+    (row,) = rows(tmp_path / "logged.csv")
+    assert rows(tmp_path / "scored.csv") == [row]
+    fc, layer4 = (torch.load(file, weights_only=True)["test_correct"].double().numpy() for file in files)
+    assert float(row["difference"]) == pytest.approx((layer4 - fc).mean())
+    assert float(row["standard_error"]) == pytest.approx((layer4 - fc).std() / 60**0.5)
+    assert (int(row["only_run_right"]), int(row["only_other_right"]), int(row["test_images"])) == ((layer4 > fc).sum(), (fc > layer4).sum(), 60)
+    assert ("layer4" in row["run"], "layer4" in row["other"]) == (True, False)
+    line = f"{100 * float(row['difference']):+.2f} ± {100 * float(row['standard_error']):.2f} points,"
+    assert capsys.readouterr().out.count(line) == 2
+
+
+def test_a_paired_difference_and_its_error():
+    one, other = torch.tensor([True] * 9 + [False]), torch.tensor([True] * 5 + [False] * 4 + [True])
+    assert evaluate.paired(one, other) == (pytest.approx(0.3), pytest.approx((one.double() - other.double()).std(correction=0).item() / 10**0.5), 4, 1)
+    assert evaluate.paired(one, one) == (0, 0, 0, 0)
+
+
+def test_runs_on_other_test_images_are_not_compared(finished, tmp_path, capsys):
+    other = torch.load(finished / "checkpoint.pt", weights_only=True)
+    other["settings"]["test images of sha256"] = "another"
+    torch.save(other, tmp_path / "other.pt")
+    line = complaint(evaluate.main, [finished / "checkpoint.pt", tmp_path / "other.pt", "--logged", "--paired", tmp_path / "paired.csv"], capsys)
+    assert "two checkpoints or more, of the same test images" in line and not (tmp_path / "paired.csv").exists()
 
 
 def test_a_checkpoint_that_fails_does_not_cost_the_others_their_rows(finished, tmp_path, capsys):

@@ -32,18 +32,18 @@ def accuracy(unfrozen: str, epoch: int, seed: int, size: int) -> float:
 
 @pytest.fixture
 def study(tmp_path):
-    """Three strategies, two seeds of 2 and 4 epochs on 1,000 images, smaller ones of 2, and another rate."""
+    """Three strategies, two seeds of 2 and 4 epochs on 1,000 images, smaller ones of 2, another rate, and the usual mistake."""
     summary = []
 
-    def run(unfrozen: str, epochs: int, seed: int = 0, size: int = 1000, rates: str | None = None) -> None:
-        name = f"{unfrozen}-e{epochs}-s{seed}-n{size}-{rates}"
+    def run(unfrozen: str, epochs: int, seed: int = 0, size: int = 1000, rates: str | None = None, batchnorm: str = "eval") -> None:
+        name = f"{unfrozen}-e{epochs}-s{seed}-n{size}-{rates}-{batchnorm}"
         rows = [{"epoch": epoch, "train_loss": 1 / epoch, "train_accuracy": 0.9, "test_loss": 2 / epoch,
                  "test_accuracy": accuracy(unfrozen, epoch, seed, size)} for epoch in range(1, epochs + 1)]
         for row in rows:
             row.update({f"{stage}_drift": 0.01 * row["epoch"] for stage in unfrozen.split("+")[:-1]})
         write(tmp_path / name / "history.csv", rows)
         summary.append({"run": name, "dataset": "cifar10", "unfrozen": unfrozen, "epochs": epochs, "seed": seed, "train_images": size,
-                        "test_accuracy": rows[-1]["test_accuracy"], "test_images": 400, "learning_rates": rates or RATES[unfrozen]})
+                        "test_accuracy": rows[-1]["test_accuracy"], "test_images": 400, "learning_rates": rates or RATES[unfrozen], "frozen_batchnorm": batchnorm})
 
     for unfrozen in ("layer3+layer4+fc", "fc", "layer4+fc"):
         for seed in (0, 1):
@@ -51,8 +51,13 @@ def study(tmp_path):
                 run(unfrozen, epochs, seed)
             run(unfrozen, 2, seed, size=100)
     run("layer4+fc", 2, size=100, rates="layer4=0.01 fc=0.001")
+    run("layer4+fc", 2, size=100, batchnorm="train")
     write(tmp_path / "summary.csv", summary)
     return tmp_path
+
+
+def of_size(runs: list[dict], size: int) -> list[dict]:
+    return [run for run in runs if run["train_images"] == size]
 
 
 def labelled(axis) -> dict:
@@ -61,7 +66,7 @@ def labelled(axis) -> dict:
 
 @drawing
 def test_the_learning_curves_are_the_seeds_mean_and_spread(study):
-    figure = plot.curves(plot.read(study))
+    figure = plot.curves(of_size(plot.read(study), 1000))
     axis = figure.axes[3]
     lines = labelled(axis)
     assert list(lines) == ["fc (2 seeds)", "fc + layer4 (2 seeds)", "fc + layer3 + layer4 (2 seeds)"]
@@ -76,7 +81,8 @@ def test_the_learning_curves_are_the_seeds_mean_and_spread(study):
 @drawing
 def test_the_table_has_ours_its_error_and_the_published_figure(study, monkeypatch):
     monkeypatch.setattr(plot, "PUBLISHED", {("fc + layer4", 4): 0.9201})
-    axis = plot.table(plot.read(study)).axes[0]
+    monkeypatch.setattr(plot, "FULL_SIZE", 1000)
+    axis = plot.table(of_size(plot.read(study), 1000)).axes[0]
     names = [label.get_text() for label in axis.get_yticklabels()]
     assert names == [f"{name}, {epochs} epochs" for name in plot.STYLES for epochs in (2, 4)]
     means = [container.lines[0].get_xdata()[0] for container in axis.containers]
@@ -85,6 +91,15 @@ def test_the_table_has_ours_its_error_and_the_published_figure(study, monkeypatc
     assert (high - low) / 2 == pytest.approx((means[3] * (1 - means[3]) / 400) ** 0.5)
     crosses = [tuple(np.ravel(line.get_data())) for line in axis.get_lines() if line.get_marker() == "x" and len(line.get_xdata())]
     assert [cross for cross in crosses if not np.isnan(cross[0])] == [(0.9201, 3)]
+
+
+@drawing
+def test_what_differs_from_the_experiment_has_a_name_and_a_style_of_its_own_and_no_published_figure(study):
+    figure = plot.table(of_size(plot.read(study), 100))
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == [f"{name}, 2 epochs" for name in (*plot.STYLES, "fc + layer4 (layer4=0.01 fc=0.001)", "fc + layer4, usual mistake")]
+    assert len({container.lines[0].get_marker() for container in figure.axes[0].containers}) == 5
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a seed", "their mean, ± the test set's standard error"]
 
 
 @drawing
@@ -100,8 +115,9 @@ def test_the_size_curve_takes_runs_of_one_length(study):
 def test_the_drift_has_a_line_for_each_stage_and_rate(study):
     lines = labelled(plot.drift(plot.read(study)).axes[0])
     assert list(lines) == ["layer3 at 1e-05, with fc + layer3 + layer4, 1,000 images", "layer4 at 0.0001, with fc + layer3 + layer4, 1,000 images",
-                           "layer4 at 0.0001, with fc + layer4, 1,000 images", "layer4 at 0.01, with fc + layer4, 100 images"]
-    assert [len(line.get_xdata()) for line in lines.values()] == [4, 4, 4, 2]
+                           "layer4 at 0.0001, with fc + layer4, 1,000 images", "layer4 at 0.0001, with fc + layer4, usual mistake, 100 images",
+                           "layer4 at 0.01, with fc + layer4, 100 images"]
+    assert [len(line.get_xdata()) for line in lines.values()] == [4, 4, 4, 2, 2]
 
 
 @drawing
@@ -109,7 +125,7 @@ def test_every_picture_that_there_is_something_for(study, capsys):
     write(study / "one" / "mistakes.csv", [{"true": "cat", "said": "dog", "probability": 0.99, "png": PNG}])
     (study / "one" / "confusion.csv").write_text("true class,cat,dog\ncat,3,1\ndog,0,4\n")
     plot.main([str(study)])
-    files = [study / name for name in ("curves.png", "table.png", "sizes.png", "drift.png", "one/confusion.png", "one/mistakes.png")]
+    files = [study / name for name in ("curves-100.png", "table-100.png", "curves.png", "table.png", "sizes.png", "drift.png", "one/confusion.png", "one/mistakes.png")]
     assert capsys.readouterr().out.split() == list(map(str, files)) and {*files} == {*study.rglob("*.png")}
     assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 2000 for file in files)
     assert not [*study.rglob(".*")]
