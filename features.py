@@ -40,23 +40,24 @@ class Features:
                  dtype: torch.dtype, mirrored: bool):
         self.prefix = prefix.to(device, dtype, memory_format=torch.channels_last)
         self.pixels, self.image_size, self.device, self.dtype = pixels, image_size, device, dtype
-        # Images per pass: a GPU wants many; on a CPU little memory, used again and again, is faster:
-        # 1.19 times as fast a fill as with 128 (and 1.24 times for machine.keep_memory).
+        # Images per pass: a GPU wants many; on a CPU little memory, used again and again, is 1.19 times as fast.
         self.chunk = 16 if device.type == "cpu" else 256
         self.store = None
         self.copies = deque()  # CUDA events of the last copies out of the host's memory
-        one = self.compute(torch.tensor([0])).permute(0, 2, 3, 1)
+        one = self.compute(torch.tensor([0]))
         self.shape = (2 * len(pixels) if mirrored else len(pixels), *one.shape[1:])
         self.bytes = one.nbytes * self.shape[0]
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __call__(self, indices: torch.Tensor, flips: torch.Tensor | None = None) -> torch.Tensor:
-        """Features of the images at `indices`, int64 [B], mirrored where `flips`, bool [B]."""
+    def __call__(self, indices: torch.Tensor, flips: torch.Tensor | bool = False) -> torch.Tensor:
+        """Features of the images at `indices`, int64 [B], mirrored where `flips`, bool [B]; the mirror
+        image of image i is also image N + i."""
+        rows = indices + len(self) * flips
         if self.store is None:
-            return self.compute(indices, flips)
-        rows = (indices if flips is None else indices + len(self) * flips).to(self.store.device)
+            return self.compute(rows).permute(0, 3, 1, 2)
+        rows = rows.to(self.store.device)
         if self.device.type != "cuda" or self.store.is_cuda:
             return self.store.index_select(0, rows).to(self.device).permute(0, 3, 1, 2)
         # Gathered into page-locked memory, out of which the GPU copies by itself, so that gathering
@@ -73,21 +74,19 @@ class Features:
         """Features of all images, `size` at a time: in `order`, int64 [N], or as they come; mirrored
         where `flips`, bool [N] by image. The order goes to the store's device once, since a
         GPU would wait for each small copy."""
-        device = self.pixels.device if self.store is None else self.store.device
-        order = torch.arange(len(self), device=device) if order is None else order.to(device)
-        flips = None if flips is None else flips.to(device)
-        for indices in order.split(size):
-            yield self(indices, None if flips is None else flips[indices])
+        order = torch.arange(len(self)) if order is None else order
+        rows = order if flips is None else order + len(self) * flips[order]
+        for some in rows.to("cpu" if self.store is None else self.store.device).split(size):
+            yield self(some)
 
     @torch.no_grad()
-    def compute(self, indices: torch.Tensor, flips: torch.Tensor | None = None) -> torch.Tensor:
-        """The same without looking anything up."""
+    def compute(self, rows: torch.Tensor) -> torch.Tensor:
+        """These rows of the store, int64 [B], computed: [B, H, W, C]."""
         parts = []
-        for at in torch.arange(len(indices)).split(self.chunk):
-            pixels = self.pixels[indices[at]].to(self.device)
-            flip = None if flips is None else flips[at].to(self.device)
-            parts.append(self.prefix(transform(pixels, self.image_size, self.dtype, flip)))
-        return torch.cat(parts)
+        for some in rows.split(self.chunk):
+            pixels, flips = self.pixels[some % len(self)].to(self.device), (some >= len(self)).to(self.device)
+            parts.append(self.prefix(transform(pixels, self.image_size, self.dtype, flips)))
+        return torch.cat(parts).permute(0, 2, 3, 1)
 
     def fill(self, place: str, folder: Path) -> int:
         """Compute every feature once and keep it on the "device", on the "host" or, for "disk", in a
@@ -120,7 +119,7 @@ class Features:
         """Every row of the store, computed, a chunk at a time, with its first row's number."""
         start, total = time.monotonic(), self.shape[0]
         for rows in torch.arange(total).split(self.chunk):
-            yield rows[0].item(), self.compute(rows % len(self), rows >= len(self)).permute(0, 2, 3, 1)
+            yield rows[0].item(), self.compute(rows)
             done = rows[-1].item() + 1
             rate = done / (time.monotonic() - start)
             progress(f"filling the cache: {done:,} of {total:,} images, {rate:,.0f} a second, "
@@ -139,7 +138,7 @@ class Features:
             return False
         store = torch.from_file(str(file), size=self.bytes // self.dtype.itemsize, dtype=self.dtype).view(self.shape)
         rows = torch.linspace(0, len(store) - 1, 16).long()
-        expected = self.compute(rows % len(self), rows >= len(self)).permute(0, 2, 3, 1).cpu()
+        expected = self.compute(rows).cpu()
         if not (store[rows] - expected).norm() <= 0.01 * expected.norm():
             return False
         self.store = store
@@ -163,12 +162,9 @@ def fill_all(features: Sequence[Features], place: str, device: torch.device, fol
 
 
 def choose_place(wanted: str, features: Sequence[Features], device: torch.device, folder: Path) -> tuple[str, str]:
-    """Where to keep these features, and the reason in words. Allocates nothing.
-
-    "auto" takes a CUDA device where they fit beside ROOM for training, then the host's memory,
-    then "off"; "disk", in `folder`, is for who asks for it, since what it writes stays there.
-    Raises ValueError when a place that was asked for cannot hold them.
-    """
+    """Where to keep these features, and the reason in words: "auto" takes a CUDA device where they fit
+    beside ROOM for training, then the host's memory, then "off"; "disk", in `folder`, is for who asks
+    for it, since it stays. Raises ValueError when a place that was asked for cannot hold them."""
     need = sum(feature.bytes for feature in features)
     text = f"{need / 1e9:.2f} GB of features"
     room = ROOM
@@ -187,7 +183,8 @@ def choose_place(wanted: str, features: Sequence[Features], device: torch.device
         if need + room <= free[place]:
             return place, f"{text} {where[place]}, {free[place] / 1e9:.1f} GB were free"
     found = ", ".join(f"{free[place] / 1e9:.1f} GB free {where[place]}" for place in places)
-    shortage = f"{text} and {room / 1e9:.1f} GB for training do not fit ({found})"
+    beside = "checkpoints" if wanted == "disk" else "training"
+    shortage = f"{text} and {room / 1e9:.1f} GB for {beside} do not fit ({found})"
     if wanted != "auto":
         raise ValueError(f"--cache {wanted}: {shortage}; try --cache off, --train-size or a smaller --image-size")
     return "off", f"off, {shortage}; --cache disk takes a file"

@@ -49,6 +49,8 @@ def load_weights(weights: str) -> dict[str, torch.Tensor] | None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         resnet18(num_classes=len(state["fc.bias"])).load_state_dict(state)
+    except OSError as error:
+        raise OSError(f"cannot read {file} ({error.strerror})") from error
     except Exception as error:  # torch meets a foreign file with many kinds of errors, some of pages
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{file} holds no state_dict of torchvision's resnet18 ({reason[:160]})") from error
@@ -126,28 +128,20 @@ def split(model: ResNet, unfrozen: Collection[str]) -> tuple[nn.Module, nn.Modul
     """Cut the model before its first unfrozen stage: model(x) == tail(prefix(x)) in eval mode.
 
     The tail shares its modules with the model: training it trains the model. The prefix is a
-    frozen copy with every BatchNorm folded into its convolution, for speed.
+    frozen copy in eval mode, where a BatchNorm is one multiplication and one addition per channel:
+    for speed the convolution before it absorbs them. Exact up to rounding.
     """
     blocks = list(stages(model).values())
     blocks[-1:] = [model.avgpool, nn.Flatten(), model.fc]
     cut = min(STAGES.index(name) for name in unfrozen)
-    prefix, tail = blocks[:cut], blocks[cut:]
+    prefix, tail = nn.Sequential(*blocks[:cut]), nn.Sequential(*blocks[cut:])
     if STAGES[cut] == "fc":  # 512 numbers an image are what is to be kept; averaging them again changes nothing
         prefix.append(model.avgpool)
-    return fold_batchnorm(nn.Sequential(*prefix)), nn.Sequential(*tail)
-
-
-def fold_batchnorm(module: nn.Module) -> nn.Module:
-    """A copy in eval mode without gradients, each BatchNorm folded into the convolution before it.
-
-    A BatchNorm in eval mode is one multiplication and one addition per channel, which the
-    convolution's weight and bias can absorb (torch.nn.utils.fusion). Exact up to rounding.
-    """
-    module = copy.deepcopy(module).eval().requires_grad_(False)
-    for parent in list(module.modules()):
+    prefix = copy.deepcopy(prefix).eval().requires_grad_(False)
+    for parent in list(prefix.modules()):
         children = list(parent.named_children())
         for (name, child), (next_name, following) in zip(children, children[1:]):
             if isinstance(child, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
                 setattr(parent, name, fuse_conv_bn_eval(child, following))
                 setattr(parent, next_name, nn.Identity())
-    return module
+    return prefix, tail

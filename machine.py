@@ -40,11 +40,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """auto: bf16 where the hardware multiplies it fast, fp16 on older CUDA cards, else fp32.
-
-    The T4 that students get for free answers yes to torch.cuda.is_bf16_supported(), but emulates
-    bf16 slowly: the compute capability, 8 and up, is what tells.
-    """
+    """auto: bf16 where the hardware multiplies it fast, fp16 on older CUDA cards, else fp32. By compute
+    capability: is_bf16_supported() says yes for the T4 that students get for free, which emulates it slowly."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -84,11 +81,8 @@ def memory_is_full(error: Exception) -> bool:
 
 
 def free_memory(place: str, device: torch.device, folder: Path) -> int:
-    """Bytes that can be allocated on the "device" or the "host" without swapping, or on the "disk"
-    that `folder` is on or will be.
-
-    Only a CUDA device has memory of its own here: Apple's GPUs share the host's.
-    """
+    """Bytes that can be allocated without swapping on the "device" (CUDA's; Apple's GPUs share the
+    host's), the "host", or the "disk" that `folder` is on or will be."""
     if place == "disk":
         return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     if place == "device" and device.type == "cuda":

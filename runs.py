@@ -3,16 +3,13 @@
     with locked(folder):                                # no other run writes there meanwhile
         write(folder, checkpoint)                       # checkpoint.pt and history.csv
     checkpoint, model = read_checkpoint("results/cifar10-layer4-e10-s0/checkpoint.pt")
-
-A checkpoint is a dictionary of plain values and tensors, so that torch.load reads it with
-weights_only=True, which runs nothing that is hidden in a file.
 """
 
 import fcntl
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -34,8 +31,12 @@ def locked(directory: Path) -> Iterator[None]:
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     file = directory / ".lock"
     with ExitStack() as undo:
-        for path in reversed(made):
-            undo.callback(_remove_if_empty, path)
+        @undo.callback
+        def remove_what_is_empty() -> None:
+            with suppress(OSError):
+                for path in made:
+                    path.rmdir()
+
         try:
             directory.mkdir(parents=True, exist_ok=True)
             lock = undo.enter_context(open(file, "w"))
@@ -53,11 +54,6 @@ def locked(directory: Path) -> Iterator[None]:
         undo.callback(file.unlink, missing_ok=True)
         data.remove_leftovers(directory)
         yield
-
-
-def _remove_if_empty(directory: Path) -> None:
-    with suppress(OSError):
-        directory.rmdir()
 
 
 def write(directory: Path, checkpoint: dict) -> None:
@@ -106,14 +102,6 @@ def begun(directories: dict[int, Path], settings: dict) -> dict[int, dict]:
                     raise ValueError(f"{file} was trained with {name} {before}, not {value}: "
                                      f"go on as it began, use another --out, or delete {directory}")
     return saved
-
-
-def go_on_from(saved: dict[int, dict], directories: Iterable[int]) -> dict | None:
-    """The checkpoint that spares most epochs, if one does. A run of 50 epochs can go on from one of 10,
-    and one of 10 from the first epochs of one of 50."""
-    first = min((epochs for epochs in directories if epochs not in saved or len(saved[epochs]["history"]) < epochs), default=0)
-    usable = [checkpoint for checkpoint in saved.values() if len(checkpoint["history"]) <= first and "optimizer" in checkpoint]
-    return max(usable, key=lambda checkpoint: len(checkpoint["history"]), default=None)
 
 
 def fingerprint(*tensors: torch.Tensor, text: str = "") -> str:

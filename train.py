@@ -16,12 +16,10 @@ own under --out.
 import argparse
 import contextlib
 import math
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -140,14 +138,17 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         for directory in directories.values():
             held.enter_context(runs.locked(directory))
         saved = runs.begun(directories, settings)  # another run is not replaced, even without --resume
-        checkpoint = runs.go_on_from(saved, directories) if args.resume else None
-        done = {epochs: len(saved[epochs]["history"]) if args.resume and epochs in saved else 0 for epochs in directories}
+        if not args.resume:
+            saved = {}
+        done = {epochs: len(saved[epochs]["history"]) if epochs in saved else 0 for epochs in directories}
         for epochs in [epochs for epochs in directories if done[epochs] >= epochs]:
             directory = directories.pop(epochs)
             runs.write_history(directory, saved[epochs]["history"])  # in case it was killed just before that
             print(f"{directory}: finished")
         if not directories:
             return
+        usable = [begun for begun in saved.values() if len(begun["history"]) < min(directories)]
+        checkpoint = max(usable, key=lambda begun: len(begun["history"]), default=None)  # what spares most epochs
         pretrained = {name: (stage, freeze.vector(stage)) for name, stage in freeze.stages(model).items()
                       if name in unfrozen[:-1]}
         if checkpoint:
@@ -206,14 +207,13 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         scaler.load_state_dict(checkpoint["scaler"])
         history, began = list(checkpoint["history"]), began - checkpoint["seconds"]
         print(f"resumed  after epoch {len(history)}")
-    about = {  # plain values, so that the checkpoint can be read with weights_only=True
+    about = {  # plain values, so that weights_only=True, which runs nothing hidden in a file, can read them
         "architecture": "resnet18", "classes": list(train.classes), "stages": unfrozen, "settings": settings,
         "train_images": len(inputs), "test_images": len(test_inputs),
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "device": device_name(device), "precision": precision, "fill_seconds": fill_seconds,
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
-                     "torchvision": torchvision.__version__, "numpy": np.__version__},
+        "versions": {"torch": str(torch.__version__), "torchvision": torchvision.__version__},
     }
     print("    epoch  train loss  accuracy   test loss  accuracy   seconds", flush=True)
     longest = max(directories)
@@ -233,17 +233,17 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         logits = predict(tail, test_inputs.batches(128), device, precision)
         test_loss, test_accuracy = score(logits, test_labels)
         if not math.isfinite(train_loss + test_loss):
-            kept = max(epoch - 1, done[longest])
             raise FloatingPointError(f"the loss is not finite in epoch {epoch} with --lr {learning_rates}: try lower rates"
-                                     + (f"; {directories[longest]} keeps epoch {kept}" if kept else ""))
+                                     + (f"; {directories[longest]} keeps epoch {done[longest]}" if done[longest] else ""))
         history.append({"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "test_loss": test_loss,
                         "test_accuracy": test_accuracy, "seconds": time.monotonic() - start, "train_seconds": trained - start}
                        | {f"{name}_drift": freeze.distance(stage, before) for name, (stage, before) in pretrained.items()})
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                  "test_correct": (logits.argmax(1) == test_labels).cpu(), "history": history, "seconds": time.monotonic() - began}
-        for epochs in {epoch, longest} & directories.keys():
+        for epochs in sorted({epoch, longest} & directories.keys()):  # the short run first: the long one goes on from it
             if epoch > done[epochs]:  # what has come further is not taken back
                 runs.write(directories[epochs], about | state)
+                done[epochs] = epoch
         data.progress()
         print(f"{epoch:4}/{longest:<4} {train_loss:11.4f} {train_accuracy:9.2%} {test_loss:11.4f} "
               f"{test_accuracy:9.2%} {time.monotonic() - start:9.1f}", flush=True)

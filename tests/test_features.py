@@ -171,7 +171,7 @@ def test_without_a_prefix_there_is_nothing_to_keep(monkeypatch):
 def test_a_disk_with_too_little_room_is_told_before_anything_is_written(images, monkeypatch, tmp_path):
     inputs, _ = on_disk(images, tmp_path / "there")
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=ROOM // 8))
-    with pytest.raises(ValueError, match=f"--cache disk: .* and 0.3 GB for training do not fit .*0.3 GB free in {tmp_path}/not/yet"):
+    with pytest.raises(ValueError, match=f"--cache disk: .* and 0.3 GB for checkpoints do not fit .*0.3 GB free in {tmp_path}/not/yet"):
         choose_place("disk", [inputs], CPU, tmp_path / "not/yet")
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     assert choose_place("disk", [inputs], CPU, tmp_path / "there")[0] == "disk"  # it is there already

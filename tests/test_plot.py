@@ -36,7 +36,7 @@ def study(tmp_path):
     summary = []
 
     def run(unfrozen: str, epochs: int, seed: int = 0, size: int = 1000, rates: str | None = None, batchnorm: str = "eval") -> None:
-        name = f"{unfrozen}-e{epochs}-s{seed}-n{size}-{rates}-{batchnorm}"
+        name = f"cifar10-{unfrozen}-e{epochs}-s{seed}-n{size}-{rates}-{batchnorm}"
         rows = [{"epoch": epoch, "train_loss": 1 / epoch, "train_accuracy": 0.9, "test_loss": 2 / epoch,
                  "test_accuracy": accuracy(unfrozen, epoch, seed, size)} for epoch in range(1, epochs + 1)]
         for row in rows:
@@ -141,7 +141,7 @@ PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/
     (lambda study: (study / "summary.csv").write_text("run,unfrozen,learning_rates\nnowhere,fc,fc=0.001\n"), "No such file .*nowhere/history.csv"),
     (lambda study: next(study.glob("*/history.csv")).write_text("epoch,train_loss\n1,x\n"), "history.csv or .*summary.csv is not what"),
     (lambda study: next(study.glob("*/history.csv")).write_text(""), "history.csv or .*summary.csv is not what"),
-    (lambda study: next(study.glob("fc-e4*/history.csv")).write_text("epoch\n1\n"), "holds nothing to draw curves.png from .*train_loss"),
+    (lambda study: next(study.glob("cifar10-fc-e4*/history.csv")).write_text("epoch\n1\n"), "holds nothing to draw curves.png from .*train_loss"),
     (lambda study: write(study / "x/confusion.csv", [{"true class": "cat", "cat": 1, "dog": 2}]), "x/confusion.csv holds nothing to draw"),
     (lambda study: write(study / "x/mistakes.csv", [{"png": "!"}]), "x/mistakes.csv holds nothing to draw"),
     (lambda study: (study / "curves.png").mkdir(), "curves.png"),

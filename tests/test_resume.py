@@ -150,10 +150,11 @@ def test_a_short_run_goes_on_to_a_longer_one(run, capsys):
     assert checkpoint(resumed)["seconds"] > checkpoint(again)["seconds"]
 
 
-def test_a_shorter_run_does_not_take_a_longer_one_back(run, monkeypatch):
+@pytest.mark.parametrize("stopped", [2, 3])
+def test_a_shorter_run_does_not_take_a_longer_one_back_and_is_written_too(run, monkeypatch, stopped):
     long = run("--epochs", "4")
     saved = checkpoint(long)
-    saved["history"] = saved["history"][:3]  # as if stopped there
+    saved["history"] = saved["history"][:stopped]  # as if stopped there
     torch.save(saved, long / "checkpoint.pt")
     seen, score = [], train.score
 
@@ -163,7 +164,8 @@ def test_a_shorter_run_does_not_take_a_longer_one_back(run, monkeypatch):
 
     monkeypatch.setattr(train, "score", looking)
     run("--epochs", "2", "4", "--resume", "--out", str(long.parent))
-    assert seen == [3, 3, 3, 3] and len(checkpoint(long)["history"]) == 4
+    assert seen == {2: [2, 2, 2, 3], 3: [3, 3, 3, 3]}[stopped] and len(checkpoint(long)["history"]) == 4
+    assert len(checkpoint(long.with_name(long.name.replace("e4", "e2")))["history"]) == 2
 
 
 def test_the_same_run_in_other_words_is_the_same_run(run, tmp_path):
@@ -323,10 +325,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_epoch(r
     folder = run("--epochs", "1", "--unfreeze", "layer4", "--lr", "layer4=0.5")
     with pytest.raises(FloatingPointError, match="not finite in epoch 1 with --lr layer4=0.0001 fc=1e.36: try lower rates$"):
         run("--epochs", "1", "--unfreeze", "layer4", "--lr", "fc=1e36")
-    monkeypatch.setattr(train, "score", lambda *_: (float("nan"), 0.1))
-    before = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(FloatingPointError, match=f"epoch 2 with --lr layer4=0.5 fc=0.001: .*{folder.name.replace('e1', 'e3')} keeps epoch 1"):
-        run("--epochs", "1", "3", "--unfreeze", "layer4", "--lr", "layer4=0.5", "--resume", "--out", str(folder.parent))
+    losses = iter([float("nan"), 1.0, float("nan")])
+    monkeypatch.setattr(train, "score", lambda *_: (next(losses), 0.1))
+    before, other = (folder / "checkpoint.pt").read_bytes(), ["--unfreeze", "layer4", "--lr", "layer4=0.5", "--out", str(folder.parent)]
+    with pytest.raises(FloatingPointError, match="epoch 2 with --lr layer4=0.5 fc=0.001: try lower rates$"):  # e3 has nothing yet
+        run("--epochs", "1", "3", *other, "--resume")
+    with pytest.raises(FloatingPointError, match=f"epoch 2 with .*: try lower rates; .*{folder.name.replace('e1', 'e3')} keeps epoch 1$"):
+        run("--epochs", "3", *other)
     assert (folder / "checkpoint.pt").read_bytes() == before
 
 
