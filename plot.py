@@ -23,7 +23,7 @@ try:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 except ImportError:
     print("plot.py: error: drawing needs matplotlib: pip install -r requirements-plot.txt", file=sys.stderr)
     sys.exit(2)
@@ -90,8 +90,9 @@ def curves(runs: list[dict]) -> pyplot.Figure:
         axis.set(xlabel="epoch", ylabel=column.replace("_", " ") + (" (nats)" if "loss" in column else ""))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if "accuracy" in column:
-            axis.yaxis.set_major_formatter(PercentFormatter(1))
+            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes[0, 0].set_yscale("log")
+    figure.suptitle(f"{runs[0]['train_images']:,} training images", fontsize="medium")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -111,8 +112,9 @@ def table(runs: list[dict]) -> pyplot.Figure:
         axis.plot([], [], style, label=meaning)
     axis.set_yticks(range(len(groups)), [f"{label}, {epochs} epochs" for label, epochs in groups])
     axis.set_ylim(len(groups) - 0.4, -0.6)
+    axis.set_title(f"{runs[0]['train_images']:,} training images", fontsize="medium")
     axis.set(xlabel="test accuracy")
-    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -134,7 +136,7 @@ def sizes(runs: list[dict]) -> pyplot.Figure | None:
     axis.set_xticks(ticks, [f"{size:,}" for size in ticks])
     axis.minorticks_off()
     axis.set(xlabel="training images", ylabel="test accuracy")
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axis.legend()
     return figure
 
@@ -156,6 +158,9 @@ def drift(runs: list[dict]) -> pyplot.Figure | None:
                   linestyle=("-", "--", ":", "-.")[number % 4], markevery=run["epochs"] // 10 or 1,
                   label=f"{stage} at {rate:g}, with {strategy}, {run['train_images']:,} images")
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda distance, _: f"{100 * distance:g}%")
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axis.set(xlabel="epoch", ylabel="‖weights − pretrained‖ / ‖pretrained‖")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
