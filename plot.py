@@ -120,19 +120,20 @@ def table(runs: list[dict]) -> pyplot.Figure:
 
 
 def sizes(runs: list[dict]) -> pyplot.Figure | None:
-    """Accuracy by the number of training images: the shortest runs of each strategy that has several sizes."""
-    groups = {key: by(group, "train_images") for key, group in reversed(by(runs, "label", "epochs").items())}
-    shortest = {label: (epochs, points) for (label, epochs), points in groups.items() if len(points) > 1}
-    if not shortest:
+    """Accuracy by the number of training images, in the runs of that length of which there are most kinds."""
+    lengths = {epochs: by(group, "label", "train_images") for (epochs,), group in by(runs, "epochs").items()}
+    epochs = max(lengths, key=lambda epochs: (len(lengths[epochs]), -epochs))
+    ticks = sorted({size for _, size in lengths[epochs]})
+    if len(ticks) == 1:
         return None
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    for label, (epochs, points) in reversed(shortest.items()):
-        accuracies = [[run["test_accuracy"] for run in group] for group in points.values()]
+    for (label,), group in by([run for run in runs if run["epochs"] == epochs], "label").items():
+        points = by(group, "train_images")
+        accuracies = [[run["test_accuracy"] for run in seeds] for seeds in points.values()]
         mean = np.array([np.mean(values) for values in accuracies])
         spread = mean - [min(values) for values in accuracies], [max(values) for values in accuracies] - mean
-        axis.errorbar([size for (size,) in points], mean, yerr=spread, capsize=3, label=f"{label}, {epochs} epochs", **points[min(points)][0]["style"])
+        axis.errorbar([size for (size,) in points], mean, yerr=spread, capsize=3, label=f"{label}, {epochs} epochs", **group[0]["style"])
     axis.set_xscale("log")
-    ticks = sorted({size for _, points in shortest.values() for (size,) in points})
     axis.set_xticks(ticks, [f"{size:,}" for size in ticks])
     axis.minorticks_off()
     axis.set(xlabel="training images", ylabel="test accuracy")
