@@ -32,7 +32,7 @@ except ImportError:
 STYLES = {"fc": dict(color="#009E73", linestyle=":", marker="s"), "fc + layer4": dict(color="#D55E00", linestyle="--", marker="^"),
           "fc + layer3 + layer4": dict(color="#0072B2", linestyle="-", marker="o")}
 OTHERS = [dict(color=color, linestyle="-.", marker=marker) for color, marker in (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#777777", "X"))]
-RATES = ("fc=0.001", "layer4=0.0001 fc=0.001", "layer3=1e-05 layer4=0.0001 fc=0.001")  # which go without saying
+RATES = {"stem=1e-08", "layer1=1e-07", "layer2=1e-06", "layer3=1e-05", "layer4=0.0001", "fc=0.001"}  # which go without saying
 PUBLISHED = {("fc + layer4", 10): 0.9133, ("fc + layer3 + layer4", 10): 0.9230,
              ("fc + layer4", 50): 0.9201, ("fc + layer3 + layer4", 50): 0.9335}
 FULL_SIZE = 40_000  # CIFAR-10 images from which a run may stand beside those figures, which are of 50,000
@@ -51,7 +51,8 @@ def read(folder: Path) -> list[dict]:
             lines = read_csv(file)
             strategy = " + ".join(["fc", *row["unfrozen"].split("+")[:-1]])
             strategy += ", usual mistake" if row["frozen_batchnorm"] == "train" else ""
-            label = strategy + ("" if row["learning_rates"] in RATES else f" ({row['learning_rates']})")
+            others = [rate for rate in row["learning_rates"].split() if rate not in RATES]
+            label = strategy + (f" ({' '.join(others)})" if others else "")
             runs.append(row | {name: int(row[name]) for name in ("epochs", "seed", "train_images", "test_images")} | {
                 "strategy": strategy, "label": label, "test_accuracy": float(row["test_accuracy"]),
                 "history": {name: np.array([float(line[name]) for line in lines]) for name in lines[0]}})
@@ -93,7 +94,7 @@ def curves(runs: list[dict]) -> pyplot.Figure:
             axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes[0, 0].set_yscale("log")
     figure.suptitle(f"{runs[0]['train_images']:,} training images", fontsize="medium")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3 if len(longest) <= 3 else 2, frameon=False)
     return figure
 
 

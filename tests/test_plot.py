@@ -97,7 +97,7 @@ def test_the_table_has_ours_its_error_and_the_published_figure(study, monkeypatc
 def test_what_differs_from_the_experiment_has_a_name_and_a_style_of_its_own_and_no_published_figure(study):
     figure = plot.table(of_size(plot.read(study), 100))
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == [f"{name}, 2 epochs" for name in (*plot.STYLES, "fc + layer4 (layer4=0.01 fc=0.001)", "fc + layer4, usual mistake")]
+    assert names == [f"{name}, 2 epochs" for name in (*plot.STYLES, "fc + layer4 (layer4=0.01)", "fc + layer4, usual mistake")]
     assert len({container.lines[0].get_marker() for container in figure.axes[0].containers}) == 5
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a seed", "their mean, ± the test set's standard error"]
 
@@ -106,7 +106,7 @@ def test_what_differs_from_the_experiment_has_a_name_and_a_style_of_its_own_and_
 def test_the_size_curve_takes_runs_of_one_length(study):
     axis = plot.sizes(plot.read(study)).axes[0]
     labels = [container.get_label() for container in axis.containers]
-    assert labels == [f"{name}, 2 epochs" for name in (*plot.STYLES, "fc + layer4 (layer4=0.01 fc=0.001)", "fc + layer4, usual mistake")]
+    assert labels == [f"{name}, 2 epochs" for name in (*plot.STYLES, "fc + layer4 (layer4=0.01)", "fc + layer4, usual mistake")]
     x, y = axis.containers[1].lines[0].get_data()
     assert list(x) == [100, 1000] and y == pytest.approx([accuracy("layer4+fc", 2, 0.5, size) for size in (100, 1000)])
 
