@@ -188,19 +188,18 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"{file}: " + ", ".join(f"{classes[i]} {p:.1%}" for p, i in zip(best.values, best.indices)))
                 continue
             if args.logged:
-                last, count = checkpoint["history"][-1], checkpoint["test_images"]
+                last = checkpoint["history"][-1]
                 loss, accuracy, correct = last["test_loss"], last["test_accuracy"], checkpoint["test_correct"]
                 test_set = checkpoint["settings"]["test images of sha256"]
             else:
                 images = load(arguments["dataset"], "test", args.data_dir or arguments["data_dir"], size, classes)
                 logits = predict(model, prepared(images.pixels, size, device), device, precision).cpu()
-                count = len(images.labels)
                 loss, accuracy = score(logits, images.labels)
                 correct, test_set = logits.argmax(1) == images.labels, fingerprint(images.pixels, images.labels)
-            row = summary_row(path, checkpoint, loss, accuracy, count)
+            row = summary_row(path, checkpoint, loss, accuracy, len(correct))
             if not rows:
                 print("train loss  test loss   accuracy  images  run")
-            print(f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%} {count:7,}  "
+            print(f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%} {len(correct):7,}  "
                   + row["run"], flush=True)
             rows.append(row)
             answers.append((row["run"], test_set, correct))

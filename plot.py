@@ -122,13 +122,12 @@ def table(runs: list[dict]) -> pyplot.Figure:
 
 def sizes(runs: list[dict]) -> pyplot.Figure | None:
     """Accuracy by the number of training images, in the runs of that length of which there are most kinds."""
-    lengths = {epochs: by(group, "label", "train_images") for (epochs,), group in by(runs, "epochs").items()}
-    epochs = max(lengths, key=lambda epochs: (len(lengths[epochs]), -epochs))
-    ticks = sorted({size for _, size in lengths[epochs]})
+    runs = max(by(runs, "epochs").values(), key=lambda group: (len(by(group, "label", "train_images")), -group[0]["epochs"]))
+    ticks = sorted({run["train_images"] for run in runs})
     if len(ticks) == 1:
         return None
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    for (label,), group in by([run for run in runs if run["epochs"] == epochs], "label").items():
+    for (label, epochs), group in by(runs, "label", "epochs").items():
         points = by(group, "train_images")
         accuracies = [[run["test_accuracy"] for run in seeds] for seeds in points.values()]
         mean = np.array([np.mean(values) for values in accuracies])
@@ -206,10 +205,11 @@ def main(argv: list[str] | None = None) -> None:
         for (dataset,), runs in datasets.items():
             prefix = f"{dataset}-" if len(datasets) > 1 else ""
             by_size = {size: group for (size,), group in by(runs, "train_images").items()}
-            for size, group in by_size.items():  # of the smaller ones, those that compare something
-                if size == max(by_size) or len(by(group, "label")) > 1:
+            for size, group in by_size.items():
+                suffix = "" if size == max(by_size) else f"-{size}"
+                if not suffix or len(by(group, "label")) > 1:  # of the smaller ones, those that compare something
                     for draw in (curves, table):
-                        save(draw, group, folder / f"{prefix}{draw.__name__}{'' if size == max(by_size) else f'-{size}'}.png")
+                        save(draw, group, folder / f"{prefix}{draw.__name__}{suffix}.png")
             for draw in (sizes, drift):
                 save(draw, runs, folder / f"{prefix}{draw.__name__}.png")
         for draw in (confusion, mistakes):

@@ -127,8 +127,8 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         model = freeze.build(len(train.classes), weights, args.seed).to(device)
         learning_rates = " ".join(f"{stage}={rates[stage]:g}" for stage in unfrozen)
         settings = {  # what makes a run the run it is
-            "--unfreeze": " ".join(unfrozen), "--frozen-batchnorm": args.frozen_batchnorm, "--lr": learning_rates, "--batch-size": args.batch_size,
-            "--image-size": args.image_size, "--train-size": args.train_size or "all", "--seed": args.seed,
+            "--unfreeze": " ".join(unfrozen), "--frozen-batchnorm": args.frozen_batchnorm,
+            "--lr": learning_rates, "--batch-size": args.batch_size, "--image-size": args.image_size, "--train-size": args.train_size or "all", "--seed": args.seed,
             "--device": device.type, "--precision": precision, "classes": ", ".join(train.classes),
             "train images of sha256": runs.fingerprint(train.pixels, train.labels),
             "test images of sha256": runs.fingerprint(test.pixels, test.labels),
