@@ -55,14 +55,15 @@ def prepared(pixels: torch.Tensor, image_size: int, device: torch.device) -> Ite
 
 
 @torch.inference_mode()
-def stage_features(model: nn.Module, pixels: torch.Tensor, image_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+def stage_features(model: nn.Module, pixels: torch.Tensor, image_size: int, device: torch.device, precision: str) -> dict[str, torch.Tensor]:
     """Each backbone stage's output in eval mode, averaged over the picture, float64 [N, channels] by stage."""
     *backbone, _ = freeze.stages(model.to(device).eval()).items()
     parts = {name: [] for name, _ in backbone}
     for x in prepared(pixels, image_size, device):
         for name, stage in backbone:
-            x = stage(x)
-            parts[name].append(x.mean((2, 3)).cpu().double())
+            with autocast(device, precision):
+                x = stage(x)
+            parts[name].append(x.float().mean((2, 3)).cpu().double())
     return {name: torch.cat(kept) for name, kept in parts.items()}
 
 
@@ -129,7 +130,7 @@ def report_classes(folder: Path, logits: torch.Tensor, images: data.Images) -> N
     print(f"{'':34}confusion matrix and mistakes: {folder}/confusion.csv, mistakes.csv")
 
 
-def report_cka(folder: Path, checkpoint: dict, model: nn.Module, pixels: torch.Tensor, device: torch.device) -> None:
+def report_cka(folder: Path, checkpoint: dict, model: nn.Module, pixels: torch.Tensor, device: torch.device, precision: str) -> None:
     """Prints and writes linear CKA with the pretrained network for every stage that learned."""
     arguments = checkpoint["arguments"]
     pretrained = freeze.build(len(checkpoint["classes"]), freeze.load_weights(arguments["weights"]), arguments["seed"])
@@ -137,7 +138,7 @@ def report_cka(folder: Path, checkpoint: dict, model: nn.Module, pixels: torch.T
         raise ValueError(f"{arguments['weights']} is not what the run began with: --cka compares with that")
     rows = []
     if learned := checkpoint["stages"][:-1]:
-        now, before = (stage_features(network, pixels, arguments["image_size"], device) for network in (model, pretrained))
+        now, before = (stage_features(network, pixels, arguments["image_size"], device, precision) for network in (model, pretrained))
         rows = [(stage, linear_cka(now[stage], before[stage])) for stage in learned]
     for stage, cka in rows:
         print(f"{'':21} {cka:10.4f}    CKA of {stage} with the pretrained one")
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.per_class:
                 report_classes(Path(path).parent, logits, images)
             if args.cka:
-                report_cka(Path(path).parent, checkpoint, model, images.pixels, device)
+                report_cka(Path(path).parent, checkpoint, model, images.pixels, device, precision)
         except (OSError, ValueError) as error:  # said, and the others scored all the same
             data.progress()
             print(f"evaluate.py: error: {error if path in str(error) else f'{path}: {error}'}", file=sys.stderr)
