@@ -56,7 +56,8 @@ def prepared(pixels: torch.Tensor, image_size: int, device: torch.device) -> Ite
 
 @torch.inference_mode()
 def stage_features(model: nn.Module, pixels: torch.Tensor, image_size: int, device: torch.device, precision: str) -> dict[str, torch.Tensor]:
-    """Each backbone stage's output in eval mode, averaged over the picture, float64 [N, channels] by stage."""
+    """Each backbone stage's output in eval mode, computed in `precision` and averaged over the picture,
+    float64 [N, channels] by stage."""
     *backbone, _ = freeze.stages(model.to(device).eval()).items()
     parts = {name: [] for name, _ in backbone}
     for x in prepared(pixels, image_size, device):
