@@ -225,6 +225,9 @@ def test_how_far_the_features_moved(finished, tmp_path, capsys):
             kept.append(model.eval()(data.transform(pixels, 48)).double())
     assert row["stage"] == "layer4" and float(row["cka"]) == pytest.approx(evaluate.linear_cka(*kept), abs=1e-5)
     assert f"{float(row['cka']):.4f}    CKA of layer4 with the pretrained one" in capsys.readouterr().out
+    evaluate.main([str(tmp_path / "run/checkpoint.pt"), "--cka", "--precision", "bf16"])
+    (rounded,) = rows(tmp_path / "run/cka.csv")
+    assert rounded["cka"] != row["cka"] and float(rounded["cka"]) == pytest.approx(float(row["cka"]), abs=0.02)
     torch.save(saved | {"settings": saved["settings"] | {"weights of sha256": "0"}}, tmp_path / "run/checkpoint.pt")
     assert "none is not what the run began with" in complaint(evaluate.main, [tmp_path / "run/checkpoint.pt", "--cka"], capsys)
 
