@@ -83,7 +83,7 @@ def transform(pixels: torch.Tensor, image_size: int, dtype: torch.dtype = torch.
         images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
     else:  # PIL resizes the width, rounds, then resizes the height and rounds again
         for size in ((pixels.shape[1], image_size), (image_size, image_size)):
-            images = F.interpolate(images.float(), size, mode="bilinear", antialias=True).round()
+            images = F.interpolate(images.float(), size, mode="bilinear", antialias=True).add(0.5).floor()  # halves up, as PIL
     # Subtracting a fixed mean and dividing by a fixed deviation is batch norm in eval mode: one
     # pass over the images in their final type, where ToTensor and Normalize make three in float32.
     mean = torch.tensor(IMAGENET_MEAN, device=pixels.device) * 255

@@ -183,6 +183,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         print(f"         {'kept for later runs' if computed else 'computed by an earlier run'}; to delete: rm -r {cache}")
 
     cuda = device.type == "cuda"
+    torch.backends.cudnn.benchmark = cuda
     optimizer = torch.optim.Adam(freeze.param_groups(model, unfrozen, rates), fused=True, capturable=cuda)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     labels, test_labels = train.labels.to(device), test.labels.to(device)
@@ -199,7 +200,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
         loss_sum.add_(loss.detach() * len(y))  # summed on the device: no step waits for a number
         correct.add_((logits.detach().argmax(1) == y).sum())
 
-    if cuda and not scaler.is_enabled():  # a small network's hundreds of launches in one
+    if cuda:  # a small network's hundreds of launches in one
         step = Replayed(step)
     history = []
     if checkpoint:
@@ -217,6 +218,7 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
     }
     print("    epoch  train loss  accuracy   test loss  accuracy   seconds", flush=True)
     longest = max(directories)
+    written, writing = time.monotonic(), 0.0
     for epoch in range(len(history) + 1, longest + 1):
         start = time.monotonic()
         freeze.train_mode(model, in_train_mode)
@@ -240,9 +242,12 @@ def run(argv: list[str] | None, held: contextlib.ExitStack) -> None:
                        | {f"{name}_drift": freeze.distance(stage, before) for name, (stage, before) in pretrained.items()})
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                  "test_correct": (logits.argmax(1) == test_labels).cpu(), "history": history, "seconds": time.monotonic() - began}
+        due = epoch in directories or time.monotonic() - written >= 20 * writing  # under 5% of the time
         for epochs in sorted({epoch, longest} & directories.keys()):  # the short run first: the long one goes on from it
-            if epoch > done[epochs]:  # what has come further is not taken back
+            if due and epoch > done[epochs]:  # what has come further is not taken back
+                written = time.monotonic()
                 runs.write(directories[epochs], about | state)
+                writing = time.monotonic() - written
                 done[epochs] = epoch
         data.progress()
         print(f"{epoch:4}/{longest:<4} {train_loss:11.4f} {train_accuracy:9.2%} {test_loss:11.4f} "
