@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The experiment: {layer4, layer3 layer4} x {10, 50} epochs, then the summary table. The rates are
+# The experiment: {fc+layer4, fc+layer3+layer4} x {10, 50} epochs, then the table. The rates are
 # constant, so the first ten epochs of fifty are the run of ten: two trainings leave four runs.
 #
 #     bash run_all.sh                                    # CIFAR-10, ImageNet weights
-#     bash run_all.sh --demo                             # drawn pictures, no download, under 2 minutes on 2 cores
+#     bash run_all.sh --demo                             # drawn pictures, no download, 2 minutes on 2 cores
 #     bash run_all.sh --data-dir /data --batch-size 256  # what train.py takes goes to every run
 #     bash run_all.sh --out /tmp/results                 # default: results, or results/demo
 #     bash run_all.sh                                    # the same again: goes on where it was stopped
@@ -30,7 +30,7 @@ while [ $# -gt 0 ]; do
 done
 out=${out:-results${preset:+/demo}}
 
-. "$(dirname "$0")/setup.sh" torch torchvision
+. "$(dirname "$0")/setup.sh"
 
 # Started beside this script, so that who ends the script ends what it runs, and waits for its last words.
 started() {
@@ -55,5 +55,5 @@ for seed in ${SEEDS:-0}; do
         echo
     done
 done
-started "$python" "$here/evaluate.py" "$out"/*/checkpoint.pt --csv "$out/summary.csv"
+started "$python" "$here/compare.py" "$out"/*/epoch*.pt --csv "$out/summary.csv"
 echo "table: $out/summary.csv, learning curves: $out/*/history.csv"

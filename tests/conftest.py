@@ -12,31 +12,40 @@ import torch
 import data
 import features
 import freeze
-import machine
 import train
+from plumbing import drawn, machine
+from plumbing.command import command
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("--dataset", "synthetic", "--weights", "none", "--image-size", "48", "--train-size", "60", "--batch-size", "25",
-         "--epochs", "2", "--device", "cpu", "--precision", "fp32")
+SMALL = ("--dataset", "synthetic", "--weights", "none", "--image-size", "48", "--train-size", "60")
+SMALL += ("--batch-size", "25", "--epochs", "2", "--device", "cpu", "--precision", "fp32")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=5, help="how often the run of test_resume.py is killed (default: 5)")
+    parser.addoption("--kills", type=int, default=5, help="how often a run is killed (default: 5)")
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def fewer_test_pictures():
     """60 drawn test pictures, not 500, and each drawn once."""
-    synthetic = functools.cache(data.synthetic)
+    synthetic = functools.cache(drawn.synthetic)
+
+    def fewer(split: str) -> data.Images:
+        if split == "train":
+            return synthetic(split)
+        return data.stratified_subset(synthetic(split), 60, 0)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "synthetic", lambda split: data.stratified_subset(synthetic(split), 60, 0)
-                      if split == "test" else synthetic(split))
+        patch.setattr(drawn, "synthetic", fewer)
         yield
 
 
@@ -45,10 +54,13 @@ def float64(monkeypatch):
     """Makes --precision fp32 compute in float64. Adam's first steps are little more than the sign of
     the gradient, so float32's rounding grows to 1e-4 of the loss in a few steps; float64's does not."""
     build = freeze.build
-    monkeypatch.setattr(freeze, "build", lambda *args, **kwargs: build(*args, **kwargs).double())
+
+    def transform(pixels, size, dtype, flips):
+        return data.transform(pixels, size, torch.float32, flips).double()
+
+    monkeypatch.setattr(freeze, "build", lambda *args, **more: build(*args, **more).double())
     monkeypatch.setitem(machine.PRECISIONS, "fp32", torch.float64)
-    monkeypatch.setattr(features, "transform", lambda pixels, size, dtype, flips: data.transform(
-        pixels, size, torch.float32, flips).double())
+    monkeypatch.setattr(features, "transform", transform)
 
 
 @pytest.fixture
@@ -56,10 +68,12 @@ def run(tmp_path):
     """run("--unfreeze", "layer4") trains a small run, later flags winning; gives its folder."""
 
     def run(*flags: str) -> Path:
-        flags = [*SMALL, "--out", str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"), *flags]
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        flags = [*SMALL, "--out", str(out), *flags]
         train.main(flags)
-        _, args = train.parse(flags)
-        return args.out / train.run_name(args, [s for s in freeze.STAGES if s in [*args.unfreeze, "fc"]], max(args.epochs))
+        out = Path(flags[len(flags) - flags[::-1].index("--out")])
+        folders = [path for path in out.iterdir() if (path / "history.csv").exists()]
+        return max(folders, key=lambda path: path.stat().st_mtime_ns)
 
     return run
 
@@ -77,21 +91,21 @@ def history(folder: Path, *columns: str) -> list[list[float]]:
 def complaint(main, flags, capsys) -> str:
     """What a command prints on stderr when it refuses: one line, status 2."""
     with pytest.raises(SystemExit) as stopped:
-        main(list(map(str, flags)))
+        command(lambda: main(list(map(str, flags))), "stopped", "full")
     captured = capsys.readouterr()
     assert stopped.value.code == 2 and "Traceback" not in captured.err
     (line,) = captured.err.splitlines()
     return line
 
 
-def checkpoint(folder: Path) -> dict:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+def checkpoint(folder: Path, epochs: int = 2) -> dict:
+    return torch.load(folder / f"epoch{epochs}.pt", weights_only=True)
 
 
 @pytest.fixture
 def server():
-    """A local HTTP server: server.files["/name"] = bytes; those in server.cut stop half-way, those
-    in server.silent do not answer; server.asked lists the requests."""
+    """A local HTTP server: server.files["/name"] = bytes; those in server.cut stop half-way,
+    those in server.silent do not answer; server.asked lists the requests."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -105,7 +119,9 @@ def server():
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body[:len(body) // 2] if self.path in self.server.cut else body)
+            if self.path in self.server.cut:
+                body = body[: len(body) // 2]
+            self.wfile.write(body)
 
         def log_message(self, *_):
             pass

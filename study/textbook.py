@@ -1,0 +1,111 @@
+"""The usual script: what a tutorial teaches, and with tuned=True what a good engineer adds.
+
+Pictures are decoded and transformed one by one in a DataLoader's workers, and the whole network
+computes in every step. It freezes right (mistake=False), which the usual script does not.
+Order and flips of an epoch come from outside, so that it can be compared number for number.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+
+
+class Pictures(datasets.ImageFolder):
+    """Index i is picture i, and index i + len is its mirror image."""
+
+    def __init__(self, root: Path, image_size: int):
+        steps = [
+            transforms.Resize((image_size, image_size)),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+        super().__init__(str(root), transforms.Compose(steps))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = super().__getitem__(index % len(self))
+        return image.flip(2) if index >= len(self) else image, label
+
+
+def train(
+    model: torch.nn.Module,
+    rates: dict[str, float],
+    root: Path,
+    epochs: list[tuple[torch.Tensor, torch.Tensor]],
+    image_size: int = 224,
+    batch_size: int = 128,
+    amp: torch.dtype | None = None,
+    tuned: bool = False,
+    mistake: bool = False,
+    workers: int | None = None,
+) -> list[dict]:
+    """Fine-tune on root/train, test on root/test: a row of losses, accuracies and seconds per
+    epoch. model: a torchvision ResNet on its device; rates: by layer, those that learn; epochs:
+    (order, flips) of each, int64 and bool [N]; amp: autocast's dtype, or None."""
+    device = next(model.parameters()).device
+    train_set, test_set = (Pictures(root / split, image_size) for split in ("train", "test"))
+    options = {"num_workers": os.cpu_count() if workers is None else workers}
+    if tuned:
+        options |= {"pin_memory": device.type == "cuda", "persistent_workers": True}
+        model.to(memory_format=torch.channels_last)
+    order = []  # filled anew in every epoch
+    train_loader = DataLoader(train_set, batch_size, sampler=order, **options)
+    test_loader = DataLoader(test_set, batch_size, **options)
+    model.requires_grad_(False)
+    for name in rates:
+        getattr(model, name).requires_grad_(True)
+    groups = [{"params": getattr(model, name).parameters(), "lr": rates[name]} for name in rates]
+    optimizer = torch.optim.Adam(groups, fused=tuned)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    autocast = torch.autocast(device.type, amp, enabled=amp is not None)
+    results = []
+    for indices, flips in epochs:
+        start = time.monotonic()
+        order[:] = (indices + len(train_set) * flips[indices]).tolist()
+        model.train(mistake)  # the usual script: model.train(), and nothing more
+        for name in rates:
+            getattr(model, name).train()
+        row = train_epoch(model, train_loader, optimizer, scaler, autocast, tuned)
+        row["train_seconds"] = time.monotonic() - start
+        row |= test(model, test_loader, autocast)
+        results.append(row | {"seconds": time.monotonic() - start})
+    return results
+
+
+def train_epoch(model, loader, optimizer, scaler, autocast, tuned: bool) -> dict:
+    """One pass over a DataLoader: mean loss and accuracy."""
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    total = right = 0
+    for x, y in loader:
+        x, y = x.to(device, dtype, non_blocking=tuned), y.to(device, non_blocking=tuned)
+        optimizer.zero_grad()
+        with autocast:
+            logits = model(x)
+            loss = F.cross_entropy(logits, y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        total += (loss.detach() if tuned else loss.item()) * len(y)
+        right += (logits.argmax(1) == y).sum()
+    count = len(loader.dataset)
+    return {"train_loss": float(total) / count, "train_accuracy": int(right) / count}
+
+
+@torch.no_grad()
+def test(model: torch.nn.Module, loader: DataLoader, autocast: torch.autocast) -> dict:
+    """Mean loss and accuracy over a DataLoader, the model in eval mode."""
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    model.eval()
+    total = right = 0
+    for x, y in loader:
+        x, y = x.to(device, dtype, non_blocking=True), y.to(device, non_blocking=True)
+        with autocast:
+            logits = model(x)
+        total += F.cross_entropy(logits.float(), y, reduction="sum")
+        right += (logits.argmax(1) == y).sum()
+    count = len(loader.dataset)
+    return {"test_loss": float(total) / count, "test_accuracy": int(right) / count}
