@@ -33,6 +33,7 @@ PAIRED += ("only_run_right", "only_other_right", "test_images")
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
+    # fmt: off
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="epochN.pt files of train.py")
     add("--csv", metavar="FILE", help="write a row per checkpoint to this file")
     add("--paired", metavar="FILE", help="write a row per pair to this file")
@@ -41,6 +42,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--data-dir", type=Path, metavar="DIR",
         help="for --cka: where the data set is now (default: where it was)")
     add("--device", choices=machine.DEVICES, help="for --cka (default: as in training)")
+    # fmt: on
     return parser.parse_args(argv)
 
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torchvision import datasets
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1], what torchvision's ImageNet weights expect
+# Of RGB in [0, 1]: what torchvision's ImageNet weights expect.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}  # Krizhevsky 2009
 

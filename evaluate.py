@@ -4,6 +4,8 @@
     python evaluate.py results/*/epoch*.pt --csv scores.csv
     python evaluate.py results/cifar10-fc+layer4-*/epoch10.pt --per-class
     python evaluate.py results/cifar10-fc+layer4-*/epoch10.pt --image cat.jpg dog.png
+
+What --per-class writes lies beside the checkpoint.
 """
 
 import io
@@ -29,6 +31,7 @@ MISTAKES = 12  # the most confident ones, which --per-class keeps as pictures
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
+    # fmt: off
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="epochN.pt files of train.py")
     add("--csv", metavar="FILE", help="write a row per checkpoint to this file")
     add("--per-class", action="store_true",
@@ -40,6 +43,7 @@ def parse(argv: list[str] | None) -> Namespace:
         help="where the data set is now (default: where it was)")
     add("--device", choices=machine.DEVICES, help="default: as in training")
     add("--precision", choices=["auto", *machine.PRECISIONS], help="default: as in training")
+    # fmt: on
     args = parser.parse_args(argv)
     if args.image and (args.csv or args.per_class):
         raise UserError("--image names pictures; --csv and --per-class score: one at a time")

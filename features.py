@@ -57,9 +57,7 @@ class Features:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __call__(
-        self, indices: torch.Tensor, flips: torch.Tensor | bool = False
-    ) -> torch.Tensor:
+    def __call__(self, indices: torch.Tensor, flips: torch.Tensor | bool = False) -> torch.Tensor:
         """Features of the images at `indices`, int64 [B], mirrored where `flips`, bool [B]."""
         rows = indices + len(self) * flips
         if self.store is None:
@@ -113,9 +111,7 @@ class Features:
             if report:
                 report(rows[-1].item() + 1, total)
 
-    def fill(
-        self, device: torch.device, report: Callable[[int, int], None] | None = None
-    ) -> None:
+    def fill(self, device: torch.device, report: Callable[[int, int], None] | None = None) -> None:
         """Compute every feature once and keep it on `device`, the GPU or the CPU."""
         store, done = torch.empty(self.shape, dtype=self.dtype, device=device), 0
         for block in self.blocks(report):

@@ -1,71 +1,110 @@
 """Draw a folder of runs: pictures from the CSV files alone.
 
-    python plot.py                # results/study, the runs of the README
+    python plot.py                # study/results/h100, the runs of the README
     python plot.py results        # your own
 
-Reads summary.csv (evaluate.py --csv), every run's history.csv and, where
-evaluate.py --per-class has written them, confusion.csv and mistakes.csv.
-Needs matplotlib: pip install -r requirements-plot.txt
+Reads summary.csv (compare.py --csv, evaluate.py --csv), every run's
+history.csv, and where evaluate.py --per-class has written them, the confusion
+matrices and the mistakes. Needs matplotlib: pip install matplotlib
 """
 
-import argparse
-import base64
 import csv
-import io
 import itertools
-import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from plumbing.command import Parser, UserError, command
+
 try:
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 except ImportError:
-    print("plot.py: error: drawing needs matplotlib: pip install -r requirements-plot.txt", file=sys.stderr)
-    sys.exit(2)
+    pyplot = None
 
-# Colours that the colour-blind can tell apart (Okabe and Ito 2008); lines and markers that a black and white print can.
-STYLES = {"fc": dict(color="#009E73", linestyle=":", marker="s"), "fc + layer4": dict(color="#D55E00", linestyle="--", marker="^"),
-          "fc + layer3 + layer4": dict(color="#0072B2", linestyle="-", marker="o")}
-OTHERS = [dict(color=color, linestyle="-.", marker=marker) for color, marker in (("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#777777", "X"))]
-RATES = {"stem=1e-08", "layer1=1e-07", "layer2=1e-06", "layer3=1e-05", "layer4=0.0001", "fc=0.001"}  # which go without saying
-PUBLISHED = {("fc + layer4", 10): 0.9133, ("fc + layer3 + layer4", 10): 0.9230,
-             ("fc + layer4", 50): 0.9201, ("fc + layer3 + layer4", 50): 0.9335}
-FULL_SIZE = 40_000  # CIFAR-10 images from which a run may stand beside those figures, which are of 50,000
+# Colours that the colour-blind can tell apart (Okabe and Ito 2008); lines and markers that a
+# black and white print can.
+STYLES = {
+    "fc": {"color": "#009E73", "linestyle": ":", "marker": "s"},
+    "fc+layer4": {"color": "#D55E00", "linestyle": "--", "marker": "^"},
+    "fc+layer3+layer4": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+}
+OTHERS = [
+    {"color": "#CC79A7", "linestyle": "-.", "marker": "D"},
+    {"color": "#E69F00", "linestyle": "-.", "marker": "v"},
+    {"color": "#56B4E9", "linestyle": "-.", "marker": "P"},
+    {"color": "#777777", "linestyle": "-.", "marker": "X"},
+    {"color": "#000000", "linestyle": "-.", "marker": "*"},
+]
+PUBLISHED_RATES = {"layer3=1e-05", "layer4=0.0001", "fc=0.001"}  # which go without saying
+# What runs share that are drawn together, and, of these, as one line beside their label.
+KIND = ("dataset", "model", "weights", "precision")
+SIZES = ("train_images", "image_size", "batch_size")
+NUMBERS = ("epochs", "seed", "image_size", "batch_size", "train_images", "test_images")
+LARGEST_MATRIX = 20  # classes whose counts are legible
+
+
+# ---------------------------------------------------------------- reading
 
 
 def read(folder: Path) -> list[dict]:
-    """The summary's rows in the order to draw them, numbers as numbers, with a label and the history, a
-    dictionary of columns. Raises OSError or ValueError with a sentence for the user."""
+    """The summary's rows in the order to draw them, numbers as numbers, with a label, a style and
+    the history, a dictionary of columns. Raises UserError."""
     summary = folder / "summary.csv"
     if not summary.exists():
-        raise FileNotFoundError(f"no {summary}: python evaluate.py {folder}/*/checkpoint.pt --csv {summary} writes it")
-    runs, file = [], None
+        makes = f"python compare.py {folder}/*/epoch*.pt --csv {summary}"
+        raise UserError(f"no {summary}: {makes} writes it")
+    runs, file = [], summary
     try:
         for row in read_csv(summary):
             file = folder / row["run"] / "history.csv"
-            lines = read_csv(file)
-            strategy = " + ".join(["fc", *row["unfrozen"].split("+")[:-1]])
-            strategy += ", usual mistake" if row["frozen_batchnorm"] == "train" else ""
-            others = [rate for rate in row["learning_rates"].split() if rate not in RATES]
-            label = strategy + (f" ({' '.join(others)})" if others else "")
-            runs.append(row | {name: int(row[name]) for name in ("epochs", "seed", "train_images", "test_images")} | {
-                "strategy": strategy, "label": label, "test_accuracy": float(row["test_accuracy"]),
-                "history": {name: np.array([float(line[name]) for line in lines]) for name in lines[0]}})
+            runs.append(parsed(row, read_csv(file)))
     except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"{file or summary} or {summary} is not what train.py and evaluate.py write ({error!r})") from error
-    styles = STYLES | dict(zip(sorted({run["label"] for run in runs} - STYLES.keys()), itertools.cycle(OTHERS)))
-    order = list(styles)
-    return sorted((run | {"style": styles[run["label"]]} for run in runs),
-                  key=lambda run: (order.index(run["label"]), run["epochs"], run["train_images"], run["seed"]))
+        wrong = f"{file} or {summary} is not what train.py and compare.py write"
+        raise UserError(f"{wrong} ({error!r})") from error
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror})") from error
+    others = sorted({run["label"] for run in runs} - STYLES.keys())
+    styles = STYLES | dict(zip(others, itertools.cycle(OTHERS)))
+    for run in runs:
+        run["style"] = styles[run["label"]]
+    place = {label: number for number, label in enumerate(styles)}
+    return sorted(runs, key=lambda run: (place[run["label"]], run["epochs"], *map(run.get, SIZES)))
+
+
+def parsed(row: dict, lines: list[dict]) -> dict:
+    """A run: its row of summary.csv, and as many epochs of its history as the row has."""
+    run = row | {name: int(row[name]) for name in NUMBERS}
+    run["test_accuracy"], run["seconds"] = float(row["test_accuracy"]), float(row["seconds"])
+    lines = lines[: run["epochs"]]
+    if len(lines) < run["epochs"]:
+        raise ValueError(f"{len(lines)} epochs where the summary has {run['epochs']}")
+    history = {name: [float(line[name]) for line in lines] for name in lines[0]}
+    run["history"] = {name: np.array(values) for name, values in history.items()}
+    run["label"] = label(row)
+    return run
+
+
+def label(row: dict[str, str]) -> str:
+    """What a run's line is called: its strategy, and what is not as published."""
+    name = row["strategy"]
+    if name.count("+") == 5:
+        name = "everything"
+    if row["frozen_batchnorm"] == "train":
+        name += ", usual mistake"
+    others = [rate for rate in row["learning_rates"].split() if rate not in PUBLISHED_RATES]
+    if others:
+        name += f" ({' '.join(others)})"
+    return textwrap.fill(name, 44)
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:
-    with open(file, newline="", encoding="utf-8") as opened:
+    with open(file, newline="", encoding="utf-8-sig") as opened:
         return list(csv.DictReader(opened))
 
 
@@ -77,87 +116,114 @@ def by(runs: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     return groups
 
 
-def curves(runs: list[dict]) -> pyplot.Figure:
-    """Loss and accuracy by epoch in the longest runs: the mean over the seeds, their spread as a band."""
+# ---------------------------------------------------------------- pictures
+
+
+def curves(runs: list[dict], title: str) -> "pyplot.Figure":
+    """Loss and accuracy by epoch in the longest runs: the mean over the seeds, their spread as a
+    band."""
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     longest = {label: group for (label, _), group in by(runs, "label", "epochs").items()}
-    for axis, column in zip(axes.flat, ("train_loss", "test_loss", "train_accuracy", "test_accuracy")):
+    columns = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    for axis, column in zip(axes.flat, columns):
         for label, group in longest.items():
-            values, style = np.array([run["history"][column] for run in group]), group[0]["style"]
-            epoch = group[0]["history"]["epoch"]
-            seeds = f"{len(group)} seeds" if len(group) > 1 else "1 seed"
-            axis.plot(epoch, values.mean(0), label=f"{label} ({seeds})", markersize=4, markevery=len(epoch) // 10 or 1, **style)
-            axis.fill_between(epoch, values.min(0), values.max(0), color=style["color"], alpha=0.25, linewidth=0)
-        axis.set(xlabel="epoch", ylabel=column.replace("_", " ") + (" (nats)" if "loss" in column else ""))
+            draw_curve(axis, label, group, column)
+        axis.set(xlabel="epoch", ylabel=column.replace("_", " "))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if "accuracy" in column:
             axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+        else:
+            axis.set_ylabel(f"{axis.get_ylabel()} (nats)")
     axes[0, 0].set_yscale("log")
-    figure.suptitle(f"{runs[0]['train_images']:,} training images", fontsize="medium")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3 if len(longest) <= 3 else 2, frameon=False)
+    figure.suptitle(title, fontsize="medium")
+    columns = 3 if len(longest) <= 3 else 2
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
-def table(runs: list[dict]) -> pyplot.Figure:
-    """The accuracy after the last epoch beside the published one."""
+def draw_curve(axis, label: str, group: list[dict], column: str) -> None:
+    """One line of the learning curves: the seeds of a group."""
+    values = np.array([run["history"][column] for run in group])
+    epoch, style = group[0]["history"]["epoch"], group[0]["style"]
+    seeds = f"{len(group)} seeds" if len(group) > 1 else "1 seed"
+    every = len(epoch) // 10 or 1
+    name = f"{label} ({seeds})"
+    axis.plot(epoch, values.mean(0), label=name, markersize=4, markevery=every, **style)
+    low, high = values.min(0), values.max(0)
+    axis.fill_between(epoch, low, high, color=style["color"], alpha=0.25, linewidth=0)
+
+
+def table(runs: list[dict], title: str) -> "pyplot.Figure":
+    """The accuracy after the last epoch, every seed of it."""
     groups = by(runs, "label", "epochs")
-    published = PUBLISHED if runs[0]["train_images"] >= FULL_SIZE and runs[0]["run"].startswith("cifar10-") else {}
-    figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.45 * len(groups)), layout="constrained")
-    for height, ((label, epochs), group) in enumerate(groups.items()):
+    height = 1.5 + 0.45 * sum(1 + label.count("\n") for label, _ in groups)
+    figure, axis = pyplot.subplots(figsize=(9, height), layout="constrained")
+    for row, group in enumerate(groups.values()):
         accuracies = np.array([run["test_accuracy"] for run in group])
-        error = np.sqrt(accuracies.mean() * (1 - accuracies.mean()) / group[0]["test_images"])
-        axis.errorbar(accuracies.mean(), height, xerr=error, capsize=4, **group[0]["style"] | {"linestyle": "none"})
-        axis.plot(accuracies, [height] * len(group), "|", color="black", markersize=12)
-        axis.plot(published.get((label, epochs), np.nan), height, "x", color="black", markersize=9)
-    for style, meaning in (("k|", "a seed"), ("ko", "their mean, ± the test set's standard error"), ("kx", "published"))[:3 if published else 2]:
-        axis.plot([], [], style, label=meaning)
+        mean = accuracies.mean()
+        error = np.sqrt(mean * (1 - mean) / group[0]["test_images"])
+        style = group[0]["style"] | {"linestyle": "none"}
+        axis.errorbar(mean, row, xerr=error, capsize=4, **style)
+        axis.plot(accuracies, [row] * len(group), "|", color="black", markersize=12)
+    axis.plot([], [], "k|", label="a seed")
+    axis.plot([], [], "ko", label="their mean, ± the test set's standard error")
     axis.set_yticks(range(len(groups)), [f"{label}, {epochs} epochs" for label, epochs in groups])
     axis.set_ylim(len(groups) - 0.4, -0.6)
-    axis.set_title(f"{runs[0]['train_images']:,} training images", fontsize="medium")
+    axis.set_title(title, fontsize="medium")
     axis.set(xlabel="test accuracy")
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def sizes(runs: list[dict]) -> pyplot.Figure | None:
-    """Accuracy by the number of training images, in the runs of that length of which there are most kinds."""
-    runs = max(by(runs, "epochs").values(), key=lambda group: (len(by(group, "label", "train_images")), -group[0]["epochs"]))
-    ticks = sorted({run["train_images"] for run in runs})
+def sweep(runs: list[dict], column: str, name: str) -> "pyplot.Figure | None":
+    """Accuracy by a number that was varied, all else equal: in the runs of that length and those
+    other settings of which there are most kinds."""
+    rest = [name for name in SIZES if name != column]
+    groups = by(runs, "epochs", *rest).values()
+    runs = max(groups, key=lambda group: (len(by(group, "label", column)), -group[0]["epochs"]))
+    ticks = sorted({run[column] for run in runs})
     if len(ticks) == 1:
         return None
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for (label, epochs), group in by(runs, "label", "epochs").items():
-        points = by(group, "train_images")
-        accuracies = [[run["test_accuracy"] for run in seeds] for seeds in points.values()]
-        mean = np.array([np.mean(values) for values in accuracies])
-        spread = mean - [min(values) for values in accuracies], [max(values) for values in accuracies] - mean
-        axis.errorbar([size for (size,) in points], mean, yerr=spread, capsize=3, label=f"{label}, {epochs} epochs", **group[0]["style"])
+        seeds = [[run["test_accuracy"] for run in some] for some in by(group, column).values()]
+        mean = np.array([np.mean(values) for values in seeds])
+        low = mean - [min(values) for values in seeds]
+        high = [max(values) for values in seeds] - mean
+        places = sorted({run[column] for run in group})
+        text = f"{label}, {epochs} epochs"
+        axis.errorbar(places, mean, yerr=(low, high), capsize=3, label=text, **group[0]["style"])
     axis.set_xscale("log")
-    axis.set_xticks(ticks, [f"{size:,}" for size in ticks])
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.minorticks_off()
-    axis.set(xlabel="training images", ylabel="test accuracy")
+    axis.set(xlabel=name, ylabel="test accuracy")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axis.legend()
     return figure
 
 
-def drift(runs: list[dict]) -> pyplot.Figure | None:
-    """How far the weights have moved from the pretrained ones, by epoch: a line per stage and rate, of the
-    longest run on most images."""
+def drift(runs: list[dict]) -> "pyplot.Figure | None":
+    """How far the weights have moved from the pretrained ones, by epoch: a line per stage and
+    rate, of the longest run on most and largest images."""
     lines = {}
-    for run in sorted(runs, key=lambda run: (run["train_images"], run["epochs"], -run["seed"])):
+    for run in sorted(runs, key=lambda run: (*map(run.get, SIZES), run["epochs"], -run["seed"])):
         rates = dict(part.split("=") for part in run["learning_rates"].split())
-        for column in (column for column in run["history"] if column.endswith("_drift")):
+        for column in run["history"]:
             stage = column.removesuffix("_drift")
-            lines[stage, float(rates[stage]), run["strategy"]] = run, column
+            if stage != column:
+                lines[stage, float(rates[stage]), run["label"].split(" (")[0]] = run, column
     if not lines:
         return None
-    figure, axis = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    for number, ((stage, rate, strategy), (run, column)) in enumerate(sorted(lines.items(), key=lambda line: line[0])):
-        axis.plot(run["history"]["epoch"], run["history"][column], color=f"C{number}", markersize=5, marker="os^vD*XP"[number % 8],
-                  linestyle=("-", "--", ":", "-.")[number % 4], markevery=run["epochs"] // 10 or 1,
-                  label=f"{stage} at {rate:g}, with {strategy}, {run['train_images']:,} images")
+    figure, axis = pyplot.subplots(figsize=(9, 5 + 0.2 * len(lines)), layout="constrained")
+    for number, (name, (run, column)) in enumerate(sorted(lines.items(), key=lambda kv: kv[0])):
+        stage, rate, label = name
+        style = {"color": f"C{number}", "marker": "os^vD*XP"[number % 8], "markersize": 5}
+        style |= {"linestyle": ("-", "--", ":", "-.")[number % 4]}
+        style |= {"markevery": run["epochs"] // 10 or 1}
+        text = f"{stage} at {rate:g}, {label}, {run['train_images']:,} images"
+        axis.plot(run["history"]["epoch"], run["history"][column], label=text, **style)
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(lambda distance, _: f"{100 * distance:g}%")
@@ -168,70 +234,94 @@ def drift(runs: list[dict]) -> pyplot.Figure | None:
     return figure
 
 
-def confusion(file: Path) -> pyplot.Figure:
+def confusion(file: Path) -> "pyplot.Figure":
     """Which class is taken for which: a row per true class, the counts of the test set."""
-    (_, *said), *rows = list(csv.reader(io.StringIO(file.read_text(encoding="utf-8"), newline="")))
-    counts = np.array([[int(count) for count in row[1:]] for row in rows]).reshape(len(said), len(said))
-    figure, axis = pyplot.subplots(figsize=(1.5 + 0.6 * len(said), 1.5 + 0.6 * len(said)), layout="constrained")
+    rows = read_csv(file)
+    names = [row["true class"] for row in rows]
+    counts = np.array([[int(row[name]) for name in names] for row in rows])
+    side = 1.5 + 0.6 * len(names)
+    figure, axis = pyplot.subplots(figsize=(side, side), layout="constrained")
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     axis.imshow(shares, cmap="Greys", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(counts if len(said) <= 20 else counts[:0]):
-        axis.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8, color="white" if shares[row, column] > 0.5 else "black")
-    axis.set_xticks(range(len(said)), said, rotation=45, ha="right")
-    axis.set_yticks(range(len(said)), said)
+    if len(names) <= LARGEST_MATRIX:
+        for (row, column), count in np.ndenumerate(counts):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, f"{count:,}", ha="center", va="center", color=color, fontsize=8)
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="said", ylabel="true")
     return figure
 
 
-def mistakes(file: Path) -> pyplot.Figure | None:
+def mistakes(file: Path) -> "pyplot.Figure | None":
     """The wrong answers given with most confidence, as evaluate.py --per-class kept them."""
     rows = read_csv(file)
+    if not rows:
+        return None
     figure, axes = pyplot.subplots(2, 6, figsize=(12, 5), layout="constrained")
     for axis, row in zip(axes.flat, rows):
-        axis.imshow(pyplot.imread(io.BytesIO(base64.b64decode(row["png"])), format="png"))
-        axis.set_title(f"said {row['said']} ({float(row['probability']):.0%})\nis {row['true']}", fontsize=9)
+        axis.imshow(pyplot.imread(file.parent / row["file"]))
+        probability = float(row["probability"])
+        axis.set_title(f"said {row['said']} ({probability:.0%})\nis {row['true']}", fontsize=9)
     for axis in axes.flat:
         axis.axis("off")
-    return figure if rows else None
+    return figure
+
+
+# ---------------------------------------------------------------- the command
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("results/study"), help="default: results/study")
+    parser = Parser(__doc__)
+    default = Path(__file__).parent / "study/results/h100"
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, default=default, help="default: study/results/h100")
     folder = parser.parse_args(argv).folder
-    try:
-        datasets = by(read(folder), "dataset")
-        for (dataset,), runs in datasets.items():
-            prefix = f"{dataset}-" if len(datasets) > 1 else ""
-            by_size = {size: group for (size,), group in by(runs, "train_images").items()}
-            for size, group in by_size.items():
-                suffix = "" if size == max(by_size) else f"-{size}"
-                if not suffix or len(by(group, "label")) > 1:  # of the smaller ones, those that compare something
-                    for draw in (curves, table):
-                        save(draw, group, folder / f"{prefix}{draw.__name__}{suffix}.png")
-            for draw in (sizes, drift):
-                save(draw, runs, folder / f"{prefix}{draw.__name__}.png")
-        for draw in (confusion, mistakes):
-            for file in sorted(folder.glob(f"*/{draw.__name__}.csv")):
-                save(draw, file, file.with_suffix(".png"))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    if pyplot is None:
+        raise UserError("drawing needs matplotlib: pip install matplotlib")
+    kinds = by(read(folder), *KIND)
+    differ = [name for name in KIND if len({key[KIND.index(name)] for key in kinds}) > 1]
+    for runs in kinds.values():
+        prefix = "".join(f"{runs[0][name]}-" for name in differ)
+        draw_kind(folder, prefix, runs)
+    for file in sorted(folder.glob("*/*.confusion.csv")):
+        save(file.with_suffix(".png"), confusion, file)
+    for file in sorted(folder.glob("*/*.mistakes/mistakes.csv")):
+        save(file.with_suffix(".png"), mistakes, file)
 
 
-def save(draw: Callable, what: list[dict] | Path, file: Path) -> None:
+def draw_kind(folder: Path, prefix: str, runs: list[dict]) -> None:
+    """Curves and table of the runs on most and largest images, and what varying these does."""
+    groups = by(runs, *SIZES)
+    largest = groups[max(groups)]
+    title = f"{largest[0]['train_images']:,} training images, {largest[0]['image_size']} pixels"
+    save(folder / f"{prefix}curves.png", curves, largest, title)
+    save(folder / f"{prefix}table.png", table, largest, title)
+    save(folder / f"{prefix}sizes.png", sweep, runs, "train_images", "training images")
+    save(folder / f"{prefix}pixels.png", sweep, runs, "image_size", "pixels a side")
+    save(folder / f"{prefix}drift.png", drift, runs)
+    if others := len(runs) - len(largest):
+        print(f"{others} runs of other sizes are in sizes, pixels and drift, where they compare")
+
+
+def save(file: Path, draw: Callable, what: list[dict] | Path, *more) -> None:
     """Draws it if there is something to draw; the picture appears whole or not at all."""
     try:
-        figure = draw(what)
-    except (KeyError, ValueError, IndexError, SyntaxError) as error:  # SyntaxError: Pillow's word for no PNG
-        raise ValueError(f"{what if isinstance(what, Path) else file.parent} holds nothing to draw {file.name} from ({error!r})") from error
+        figure = draw(what, *more)
+    except (KeyError, ValueError, IndexError, OSError, SyntaxError) as error:  # the last: no PNG
+        source = what if isinstance(what, Path) else file.parent
+        raise UserError(f"{source} holds nothing to draw {file.name} from ({error!r})") from error
     if figure:
         part = file.with_name(f".{file.name}.part")
-        figure.savefig(part, format="png", dpi=120)
-        part.replace(file)
+        try:
+            figure.savefig(part, format="png", dpi=120)
+            part.replace(file)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise UserError(f"cannot write {file} ({error.strerror})") from error
         print(file)
     pyplot.close("all")
 
 
 if __name__ == "__main__":
-    main()
+    command(main, when_stopped="the pictures drawn so far are whole", when_full="draw fewer runs")

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
 import freeze
+from data import Images, epoch_order
 from features import Features
 from plumbing import cache, datasets, flags, machine, terminal, weights
 from plumbing.command import command
@@ -105,12 +105,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fine_tune(
-    run: Run,
-    model: nn.Module,
-    train: data.Images,
-    test: data.Images,
-    args: Namespace,
-    device: torch.device,
+    run: Run, model: nn.Module, train: Images, test: Images, args: Namespace, device: torch.device
 ) -> None:
     """Train what is still missing of a run."""
     # Freeze, and compute once what the frozen part makes of every picture.
@@ -128,10 +123,11 @@ def fine_tune(
         step = Replayed(step)
     run.restore(model, optimizer, scaler)
 
+    # Train, test, keep. The order and the flips of an epoch come from the seed and its number.
     for epoch in run.epochs():
         start = time.monotonic()
         set_mode(model, args)
-        order, flips = data.epoch_order(len(inputs), args.seed, epoch)
+        order, flips = epoch_order(len(inputs), args.seed, epoch)
         batches = inputs.batches(args.batch_size, order, flips)
         targets = labels[order.to(device)].split(args.batch_size)
         trained = train_epoch(step, batches, targets, terminal.reporter(f"epoch {epoch}, step"))
@@ -143,12 +139,7 @@ def fine_tune(
 
 
 def freeze_and_fill(
-    run: Run,
-    model: nn.Module,
-    train: data.Images,
-    test: data.Images,
-    args: Namespace,
-    device: torch.device,
+    run: Run, model: nn.Module, train: Images, test: Images, args: Namespace, device: torch.device
 ) -> tuple[nn.Module, Features, Features]:
     """The part that learns, and its inputs for training and test."""
     freeze.freeze(model, args.unfreeze)

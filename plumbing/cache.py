@@ -1,6 +1,8 @@
 """Where features are kept: on the device, on the host, in a file, or nowhere.
 
     seconds = keep([inputs, test_inputs], "auto", device, folder)
+
+A place that is too small in spite of the estimate is given up for the next one.
 """
 
 import hashlib
@@ -21,9 +23,7 @@ PLACES = ("auto", "device", "host", "disk", "off")
 ROOM = 2 * 2**30  # bytes left free for training beside the features
 
 
-def keep(
-    features: Sequence[Features], wanted: str, device: torch.device, folder: Path
-) -> float:
+def keep(features: Sequence[Features], wanted: str, device: torch.device, folder: Path) -> float:
     """Choose a place for these features, fill it, and say so. wanted: one of PLACES. Returns the
     seconds that it took. Raises UserError."""
     place, why = choose(wanted, features, device, folder)

@@ -3,6 +3,8 @@
     parser = Parser(__doc__)                      # help is the module's docstring
     if __name__ == "__main__":
         command(main, "go on with --resume", "lower --batch-size")     # a script's last line
+
+What the user can put right ends in one line. What nobody outside can ends in a traceback.
 """
 
 import argparse

@@ -41,6 +41,7 @@ def parser(description: str, recipe: dict) -> Parser:
     add = made.add_argument
     early = " ".join(freeze.STAGES[:-1])
     rates = " ".join(f"{stage}={rate:g}" for stage, rate in recipe["rates"].items())
+    # fmt: off
     # the experiment
     add("--unfreeze", action="extend", nargs="*", default=[], choices=freeze.STAGES,
         metavar="STAGE", help=f"stages that learn beside fc: {early} (default: none)")
@@ -77,6 +78,7 @@ def parser(description: str, recipe: dict) -> Parser:
         help="go on after the last epoch that was kept; leave a finished run as it is")
     add("--out", type=Path, default=Path("results"), metavar="DIR",
         help="the runs' folder (default: results)")
+    # fmt: on
     made.set_defaults(**recipe)
     return made
 

@@ -116,9 +116,11 @@ class Run:
         seconds of all, and of training; correct: bool [test images]. Raises FloatingPointError
         for a loss that is not finite, which is not kept."""
         if not math.isfinite(trained[0] + tested[0]):
-            rates = f"the loss is not finite in epoch {epoch} with --lr {self.settings.learning_rates}"
             kept = f"; {self.folder} keeps epoch {self.newest}" if self.newest else ""
-            raise FloatingPointError(f"{rates}: try lower rates{kept}")
+            raise FloatingPointError(
+                f"the loss is not finite in epoch {epoch} with --lr "
+                f"{self.settings.learning_rates}: try lower rates{kept}"
+            )
         row = {"epoch": epoch, "train_loss": trained[0], "train_accuracy": trained[1]}
         row |= {"test_loss": tested[0], "test_accuracy": tested[1]}
         row |= {"seconds": times[0], "train_seconds": times[1]}
@@ -196,7 +198,7 @@ def read_checkpoint(path: str | Path) -> dict:
     if isinstance(checkpoint, dict) and "arguments" in checkpoint:
         old = "was written by an earlier version, which kept a folder per length"
         raise UserError(f"{path} {old}: train it again to use it here")
-    if not isinstance(checkpoint, dict) or not NEEDED <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= NEEDED:
         raise UserError(f"{path} is no checkpoint of train.py")
     return checkpoint
 

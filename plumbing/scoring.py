@@ -28,9 +28,7 @@ def score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
     return F.cross_entropy(logits, labels).item(), right / len(labels)
 
 
-def prepared(
-    pixels: torch.Tensor, image_size: int, device: torch.device
-) -> Iterator[torch.Tensor]:
+def prepared(pixels: torch.Tensor, image_size: int, device: torch.device) -> Iterator[torch.Tensor]:
     """Images as the network sees them, 128 at a time, with live progress."""
     for start in range(0, len(pixels), 128):
         yield data.transform(pixels[start : start + 128].to(device), image_size)

@@ -241,12 +241,14 @@ def show_four_runs(rows: list[dict]) -> None:
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
+    # fmt: off
     add("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES),
         help="default: all three")
     add("--epochs", type=whole_number(1), default=2, help="measured (default: 2)")
     add("--train-size", type=whole_number(1), metavar="N",
         help="measured, with a quarter as many test images (default: all on a GPU, 256 on a CPU)")
     add("--csv", type=Path, metavar="FILE", help="write the rows to this file too")
+    # fmt: on
     own, rest = parser.parse_known_args(argv)
     defaults = flags.parse("", train.RECIPE, [])
     args = flags.parse(__doc__, train.RECIPE, rest)  # which refuses what it does not know

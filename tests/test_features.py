@@ -1,0 +1,91 @@
+"""The room features.py: looking a feature up is computing it."""
+
+import pytest
+import torch
+from torch import nn
+
+import data
+import freeze
+from features import Features
+from plumbing import drawn
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@pytest.fixture
+def images():
+    return drawn.synthetic("test").pixels[:20]
+
+
+def features_of(images, first="layer4", dtype=torch.float32, mirrored=True) -> Features:
+    prefix, _ = freeze.split(freeze.build("resnet18", 10), first)
+    return Features(prefix, images, 48, CPU, dtype, mirrored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("first", ["fc", "layer4", "layer3"])
+def test_a_lookup_gives_what_computing_gives(images, first, dtype):
+    inputs = features_of(images, first, dtype)
+    indices, flips = torch.tensor([3, 19, 3, 0]), torch.tensor([True, False, False, True])
+    computed = inputs(indices, flips), inputs(indices)
+    estimate = inputs.bytes  # known before it is allocated
+    inputs.fill(CPU)
+    assert inputs.store.nbytes == estimate and inputs.store.dtype == dtype
+    assert len(inputs.store) == 40 and inputs.store.shape == inputs.shape
+    for found, expected in zip((inputs(indices, flips), inputs(indices)), computed):
+        close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+        torch.testing.assert_close(found, expected, **close)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(inputs(indices[:1], flips[:1]), inputs(indices[:1], ~flips[:1]))
+
+
+def test_a_lookup_is_the_prefix_of_the_mirrored_picture(images):
+    inputs = features_of(images)
+    inputs.fill(CPU)
+    flips = torch.arange(20) % 2 == 1
+    with torch.no_grad():
+        expected = inputs.prefix(data.transform(images, 48, flips=flips))
+    found = inputs(torch.arange(20), flips)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_filled_cache_does_not_run_the_prefix_again(images):
+    inputs = features_of(images, mirrored=False)
+    inputs.fill(CPU)
+    inputs.prefix = None
+    assert inputs(torch.tensor([0, 1])).shape == (2, 256, 3, 3)
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_batches_are_lookups_in_order(images, filled):
+    inputs = features_of(images)
+    if filled:
+        inputs.fill(CPU)
+    order, flips = data.epoch_order(20, 0, 1)
+    batches = list(inputs.batches(8, order, flips))
+    assert [len(batch) for batch in batches] == [8, 8, 4]
+    torch.testing.assert_close(torch.cat(batches), inputs(order, flips[order]))
+    plain = list(inputs.batches(8))
+    torch.testing.assert_close(torch.cat(plain), inputs(torch.arange(20)))
+
+
+def test_the_prefix_may_be_any_module():
+    pixels = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8)
+    inputs = Features(nn.AvgPool2d(16), pixels, 32, CPU, torch.float32, mirrored=True)
+    inputs.fill(CPU)
+    expected = nn.functional.avg_pool2d(data.transform(pixels, 32), 16)
+    torch.testing.assert_close(inputs(torch.arange(5)), expected)
+    torch.testing.assert_close(inputs(torch.arange(5), torch.ones(5) > 0), expected.flip(3))
+
+
+def test_without_a_prefix_they_are_the_pictures_themselves(images):
+    inputs = Features(nn.Sequential(), images, 48, CPU, torch.float32, mirrored=True)
+    assert torch.equal(inputs(torch.arange(20)), data.transform(images, 48))
+
+
+def test_filling_tells_how_far_it_is_and_prints_nothing(images, capsys):
+    heard = []
+    features_of(images).fill(CPU, lambda done, of: heard.append((done, of)))
+    assert heard == [(16, 40), (32, 40), (40, 40)]
+    assert capsys.readouterr().out == ""

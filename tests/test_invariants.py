@@ -1,0 +1,223 @@
+"""The promises of the design, each broken by at least one plausible mistake."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import checkpoint, history
+from PIL import Image
+
+import data
+import features
+import freeze
+from data import UserError
+from plumbing import drawn
+from plumbing.files import whole_file
+from study import textbook
+
+STRATEGIES = [(), ("layer4",), ("layer3", "layer4")]
+LOSSES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    """Names of the tensors, BatchNorm's buffers included, that are not bit-identical."""
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def stage_of(name: str) -> str:
+    if name.startswith(("conv1", "bn1")):
+        return "stem"
+    return name.split(".")[0]
+
+
+# ---------------------------------------------------------------- 1. frozen means frozen
+
+
+@pytest.mark.parametrize("unfreeze", [*STRATEGIES, ("layer3",), ("stem", "fc")])
+def test_frozen_stages_stay_bit_identical_and_the_others_learn(run, unfreeze):
+    """Every tensor of a frozen stage, parameters and buffers; and every one of the others moves."""
+    rates = []
+    if "stem" in unfreeze:
+        rates = ["--lr", "stem=1e-3"]  # 1e-8 is lost in rounding a weight of 1
+    trained = checkpoint(run("--unfreeze", *unfreeze, *rates))["model"]
+    initial = freeze.build("resnet18", 10, seed=0).state_dict()
+    learned = {name for name in initial if stage_of(name) in (*unfreeze, "fc")}
+    assert changed(initial, trained) == learned
+
+
+def test_the_usual_mistake_moves_the_frozen_batchnorm_and_nothing_else_that_is_frozen(run):
+    trained = checkpoint(run("--frozen-batchnorm", "train", "--epochs", "1"), epochs=1)["model"]
+    initial = freeze.build("resnet18", 10, seed=0).state_dict()
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    drifting = {name for name in initial if name.endswith(buffers)}
+    assert changed(initial, trained) == drifting | {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_usual_mistake_is_caught(right):
+    """requires_grad = False and model.train(): the frozen BatchNorm's statistics drift."""
+    model = freeze.build("resnet18", 10)
+    freeze.freeze(model, ["fc"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if right:
+        freeze.train_mode(model)
+    else:
+        model.train()
+    model(torch.rand(4, 3, 64, 64))
+    drifted = changed(before, model.state_dict())
+    assert bool(drifted) != right
+    assert all("running" in name or "tracked" in name for name in drifted)
+
+
+# ---------------------------------------------------------------- 2. the cache changes only speed
+
+
+@pytest.mark.parametrize("unfreeze", STRATEGIES)
+def test_the_same_losses_with_and_without_the_cache(run, float64, unfreeze):
+    flags = ["--image-size", "32", "--unfreeze", *unfreeze]
+    cached = history(run(*flags, "--cache", "host"), *LOSSES)
+    recomputed = history(run(*flags, "--cache", "off"), *LOSSES)
+    torch.testing.assert_close(cached, recomputed, rtol=1e-6, atol=0)
+
+
+# ---------------------------------------------------------------- 3. the textbook computes the same
+
+
+def write_pictures(folder: Path, images: data.Images) -> None:
+    """PNG files, a folder per class."""
+    for name in images.classes:
+        (folder / name).mkdir(parents=True)
+    for i, label in enumerate(images.labels.tolist()):
+        file = folder / images.classes[label] / f"{i:04}.png"
+        Image.fromarray(images.pixels[i].numpy()).save(file)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """60 pictures to train on and 60 to test on, as files."""
+    folder = tmp_path / "pictures"
+    write_pictures(folder / "train", data.stratified_subset(drawn.synthetic("train"), 60, seed=0))
+    write_pictures(folder / "test", drawn.synthetic("test"))
+    return folder
+
+
+def exact(images: torch.Tensor) -> torch.Tensor:
+    """Normalized images [..., 3, H, W] in float64, each value one of the 256 levels that it stands
+    for: the rounding of float32, in which both scripts normalize, grows to 1e-4 of the loss."""
+    mean = torch.tensor(data.IMAGENET_MEAN, dtype=torch.float64).view(3, 1, 1)
+    deviation = torch.tensor(data.IMAGENET_STD, dtype=torch.float64).view(3, 1, 1)
+    levels = ((images * deviation + mean) * 255).round()
+    rounded = (levels / 255 - mean) / deviation
+    torch.testing.assert_close(rounded, images.double(), rtol=0, atol=2e-6)
+    return rounded
+
+
+@pytest.fixture
+def exact_inputs(float64, monkeypatch):
+    ours, usual = features.transform, textbook.Pictures.__getitem__
+
+    def exact_item(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = usual(self, index)
+        return exact(image), label
+
+    monkeypatch.setattr(features, "transform", lambda *args: exact(ours(*args)))
+    monkeypatch.setattr(textbook.Pictures, "__getitem__", exact_item)
+
+
+USUAL = [(stages, False) for stages in STRATEGIES]
+
+
+@pytest.mark.parametrize("unfreeze, mistake", [*USUAL, (("layer4",), True)])
+def test_the_same_losses_as_the_textbook_script(run, exact_inputs, pictures, unfreeze, mistake):
+    """The same order and flips, PIL pictures one by one, the whole network in every step."""
+    flags = ["--dataset", "folder", "--data-dir", str(pictures), "--unfreeze", *unfreeze]
+    if mistake:
+        flags += ["--frozen-batchnorm", "train"]
+    ours = history(run(*flags), *LOSSES)
+    usual = textbook.train(
+        freeze.build("resnet18", 10, seed=0),
+        {stage: freeze.LEARNING_RATES[stage] for stage in [*unfreeze, "fc"]},
+        pictures,
+        [data.epoch_order(60, 0, epoch) for epoch in (1, 2)],
+        image_size=48,
+        batch_size=25,
+        mistake=mistake,
+        workers=0,
+    )
+    for row, expected in zip(ours, usual, strict=True):
+        assert row == pytest.approx([expected[name] for name in LOSSES], rel=1e-6)
+
+
+# ---------------------------------------------------------------- 4. a run is its settings
+
+
+def test_the_same_settings_give_the_same_run_and_a_short_run_is_the_start_of_a_long_one(run):
+    one = run("--unfreeze", "layer4")
+    two = run("--unfreeze", "layer4")
+    longer = run("--unfreeze", "layer4", "--epochs", "3")
+    assert history(one, *LOSSES) == history(two, *LOSSES) == history(longer, *LOSSES)[:2]
+    assert not changed(checkpoint(one)["model"], checkpoint(two)["model"])
+
+
+def test_a_long_run_leaves_the_short_one_on_its_way(run):
+    """What run_all.sh takes its 10 epochs from."""
+    alone = run("--unfreeze", "layer4", "--epochs", "1")
+    long = run("--unfreeze", "layer4", "--epochs", "3", "1")
+    assert alone.name == long.name  # the length is no part of what a run is
+    short_alone, short, end = checkpoint(alone, 1), checkpoint(long, 1), checkpoint(long, 3)
+    assert not changed(short_alone["model"], short["model"])
+    assert short["settings"] == short_alone["settings"] == end["settings"]
+    assert len(short["history"]) == 1 and len(end["history"]) == 3
+    assert history(alone, *LOSSES) == history(long, *LOSSES)[:1]
+    assert [[row[name] for name in LOSSES] for row in short["history"]] == history(alone, *LOSSES)
+
+
+def test_another_seed_gives_another_run(run):
+    assert history(run("--seed", "0"), *LOSSES) != history(run("--seed", "1"), *LOSSES)
+
+
+def test_order_and_flips_come_from_seed_and_epoch_alone():
+    order, flips = data.epoch_order(1000, seed=3, epoch=7)
+    torch.manual_seed(99)
+    again = data.epoch_order(1000, seed=3, epoch=7)
+    assert torch.equal(order, again[0]) and torch.equal(flips, again[1])
+    assert sorted(order.tolist()) == list(range(1000)) and 400 < flips.sum() < 600
+    for seed, epoch in ((3, 8), (4, 7), (7, 3)):
+        other = data.epoch_order(1000, seed, epoch)
+        assert not torch.equal(order, other[0]) and not torch.equal(flips, other[1])
+
+
+# ---------------------------------------------------------------- 5. a file is whole or not there
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    file = tmp_path / "history.csv"
+    file.write_text("old")
+    with pytest.raises(RuntimeError), whole_file(file) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert file.read_text() == "old" and os.listdir(tmp_path) == ["history.csv"]
+    with whole_file(file) as part:
+        part.write_text("new")
+        assert file.read_text() == "old"
+    assert file.read_text() == "new" and os.listdir(tmp_path) == ["history.csv"]
+
+
+def test_a_run_that_cannot_save_keeps_both_files_of_before(run, monkeypatch):
+    folder = run("--unfreeze", "layer4", "--epochs", "1")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert before.keys() == {"history.csv", "epoch1.pt"}
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> None:
+        write(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    expected = f"cannot write .*{folder.name.replace('+', '.')}/epoch1.pt .No space left on device"
+    with pytest.raises(UserError, match=expected):
+        run("--unfreeze", "layer4", "--epochs", "1", "--out", str(folder.parent))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

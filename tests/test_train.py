@@ -1,0 +1,216 @@
+"""train.py's command line: what a user types, sees and finds on disk."""
+
+import pytest
+import torch
+from conftest import SMALL, checkpoint, complaint, history, rows
+
+import data
+import freeze
+import train
+from plumbing import drawn, flags
+from plumbing.scoring import Loaded
+from plumbing.settings import settings_of
+
+CLASSES = drawn.synthetic("train").classes
+TINY = ("--image-size", "32", "--epochs", "1")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run of two lengths, never written to by the tests."""
+    out = tmp_path_factory.mktemp("finished")
+    asked = ["--unfreeze", "layer4", "--lr", "layer4=1e-3", "--epochs", "1", "2"]
+    train.main([*SMALL, *asked, "--out", str(out)])
+    (file,) = out.glob("*/history.csv")
+    return file.parent
+
+
+def parse(*words: str):
+    return flags.parse("", train.RECIPE, list(words))
+
+
+# ---------------------------------------------------------------- what is seen
+
+
+def test_a_run_prints_what_it_does(run, capsys):
+    rate = "--lr", "layer3=3e-5"
+    folder = run("--unfreeze", "layer3", "layer4", *rate, "--batch-size", "30")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(folder)
+    assert lines[1] == "data     60 train and 60 test images, 10 classes"
+    assert [line.split() for line in lines[3:9]] == [
+        ["stem", "9,536", "frozen"],
+        ["layer1", "147,968", "frozen"],
+        ["layer2", "525,568", "frozen"],
+        ["layer3", "2,099,712", "learns", "at", "3e-05"],
+        ["layer4", "8,393,728", "learns", "at", "0.0001"],
+        ["fc", "5,130", "learns", "at", "0.001"],
+    ]
+    assert lines[9].startswith("device ")
+    assert lines[9].endswith(f"({torch.get_num_threads()} threads), fp32")
+    assert lines[10].startswith("cache    0.00 GB of features in host memory, ")
+    assert "filled in" in lines[11]
+    assert [line.split()[0] for line in lines[13:15]] == ["1/2", "2/2"]
+    assert lines[15].startswith(f"saved    {folder}/epoch2.pt")
+    assert len(lines) == 16
+
+
+def test_what_a_run_prints_fits_a_terminal_and_a_log(run, capsys):
+    run("--unfreeze", "layer4", *TINY)
+    printed = capsys.readouterr().out
+    folder, *lines = printed.splitlines()
+    assert "\r" not in printed  # live progress is for terminals
+    assert len(folder) > 0
+    assert max(len(line.replace(folder, "")) for line in lines) <= 80
+
+
+def test_each_length_is_said_to_be_saved(run, capsys):
+    folder = run("--image-size", "32", "--epochs", "2", "1")
+    saved = [line for line in capsys.readouterr().out.splitlines() if line.startswith("saved")]
+    assert len(saved) == 2
+    assert f"{folder}/epoch1.pt" in saved[0]
+    assert f"{folder}/epoch2.pt" in saved[1]
+
+
+# ---------------------------------------------------------------- what is left on disk
+
+
+def test_a_run_leaves_its_history_and_a_checkpoint_for_each_length(finished):
+    assert finished.name == "synthetic-fc+layer4-fp32-s0-n60-b25-px48-none-layer4=0.001"
+    assert {file.name for file in finished.iterdir()} == {"history.csv", "epoch1.pt", "epoch2.pt"}
+    assert {file.name for file in finished.parent.iterdir()} == {finished.name, ".locks"}
+
+
+def test_the_history_has_a_row_for_each_epoch(finished):
+    table = rows(finished / "history.csv")
+    assert list(table[0]) == [
+        *("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
+        *("seconds", "train_seconds", "layer4_drift"),
+    ]
+    assert [row["epoch"] for row in table] == ["1", "2"]
+    for row in table:
+        assert 0 <= float(row["train_accuracy"]) <= 1
+        assert 0 <= float(row["test_accuracy"]) <= 1
+        assert 0 < float(row["train_seconds"]) < float(row["seconds"])
+
+
+def test_the_drift_is_how_far_the_weights_moved_relative_to_the_start(finished):
+    before = freeze.build("resnet18", 10).layer4
+    for epochs, (drift,) in enumerate(history(finished, "layer4_drift"), start=1):
+        after = Loaded(checkpoint(finished, epochs)).model.layer4
+        moved = start = 0
+        for old, new in zip(before.parameters(), after.parameters()):
+            moved += (new - old).double().square().sum().item()
+            start += old.double().square().sum().item()
+        assert drift == pytest.approx((moved / start) ** 0.5, rel=1e-4)
+
+
+def test_a_checkpoint_says_what_was_run(finished):
+    saved = checkpoint(finished)  # read with weights_only=True: plain values and tensors
+    settings, facts = saved["settings"], saved["facts"]
+    assert settings["classes"] == CLASSES
+    assert facts["unfrozen"] == ["layer4", "fc"]
+    assert (settings["strategy"], settings["model"]) == ("fc+layer4", "resnet18")
+    assert settings["image_size"] == 48
+    assert settings["learning_rates"] == "fc=0.001 layer4=0.001"
+    assert facts["trainable_parameters"] == 8_398_858
+    assert facts["torch"] == torch.__version__
+    assert len(saved["history"]) == 2
+    assert len(checkpoint(finished, 1)["history"]) == 1
+
+
+# ---------------------------------------------------------------- what a run is called
+
+
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        ("", "cifar10-fc-bf16-s0"),
+        ("--unfreeze layer4 layer3 --epochs 50", "cifar10-fc+layer3+layer4-bf16-s0"),
+        ("--unfreeze fc layer4 --seed 2", "cifar10-fc+layer4-bf16-s2"),
+        (
+            "--train-size 500 --batch-size 64 --weights a/b.pth",
+            "cifar10-fc-bf16-s0-n500-b64-b",
+        ),
+        ("--dataset folder --data-dir my/pictures", "pictures-fc-bf16-s0"),
+        (
+            "--unfreeze layer4 --lr layer4=3e-4 fc=0.01",
+            "cifar10-fc+layer4-bf16-s0-fc=0.01-layer4=0.0003",
+        ),
+        ("--unfreeze layer4 --lr layer4=1e-4 fc=0.01", "cifar10-fc+layer4-bf16-s0-fc=0.01"),
+        ("--unfreeze layer2 --lr layer2=1e-6", "cifar10-fc+layer2-bf16-s0-layer2=1e-06"),
+        ("--model resnet50 --image-size 96", "cifar10-fc-bf16-s0-px96-resnet50"),
+        ("--frozen-batchnorm train", "cifar10-fc-bf16-s0-mistake"),
+    ],
+)
+def test_a_run_is_named_by_what_was_run(words, name):
+    args = parse("--precision", "bf16", *words.split())
+    pixels = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    images = data.Images(pixels, torch.arange(2), ("cat", "dog"))
+    assert settings_of(args, images, images, torch.nn.Linear(1, 1)).name == name
+
+
+def test_neither_the_length_nor_where_things_lie_tells_runs_apart(tmp_path):
+    pixels = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    images = data.Images(pixels, torch.arange(2), ("cat", "dog"))
+    network = torch.nn.Linear(1, 1)
+    one = parse("--unfreeze", "layer3", "layer4")
+    other = parse("--unfreeze", "layer4", "--unfreeze", "layer3", "--lr", "fc=1e-3")
+    other.epochs, other.out, other.data_dir = [50], tmp_path, tmp_path
+    assert settings_of(one, images, images, network) == settings_of(other, images, images, network)
+
+
+# ---------------------------------------------------------------- flags
+
+
+def test_the_defaults_are_the_experiment():
+    args = parse()
+    assert (args.dataset, args.weights, args.model) == ("cifar10", "imagenet", "resnet18")
+    assert (args.image_size, args.batch_size, args.epochs, args.seed) == (224, 128, [10], 0)
+    assert args.unfreeze == ["fc"]
+    assert parse("--unfreeze", "layer3", "layer4").rates == {
+        "layer3": 1e-5,
+        "layer4": 1e-4,
+        "fc": 1e-3,
+    }
+
+
+def test_flags_given_twice_add_up():
+    stages = "--unfreeze", "layer4", "--unfreeze", "layer3"
+    args = parse(*stages, "--lr", "fc=1", "--lr", "layer4=2")
+    assert args.unfreeze == ["layer3", "layer4", "fc"]
+    assert args.rates == {"layer3": 1e-5, "layer4": 2, "fc": 1}
+
+
+def test_a_stage_without_a_published_rate_takes_one_from_the_user(run, tmp_path, capsys):
+    out = tmp_path / "refused"
+    words = [*SMALL, *TINY, "--unfreeze", "layer2", "--out", out]
+    assert "layer2" in complaint(train.main, words, capsys)
+    assert not out.exists()
+    folder = run(*TINY, "--unfreeze", "layer2", "--lr", "layer2=1e-6")
+    saved = checkpoint(folder, 1)
+    assert saved["settings"]["learning_rates"] == "fc=0.001 layer2=1e-06"
+    assert history(folder, "layer2_drift")[0][0] > 0
+    before = freeze.build("resnet18", 10).state_dict()
+    learned = [name for name in before if not torch.equal(saved["model"][name], before[name])]
+    assert {name.split(".")[0] for name in learned} == {"layer2", "fc"}
+
+
+def test_another_resnet_trains_and_is_named_in_the_run(run, capsys):
+    folder = run(*TINY, "--unfreeze", "layer4", "--model", "resnet34")
+    assert folder.name == "synthetic-fc+layer4-fp32-s0-n60-b25-px32-resnet34-none"
+    saved = checkpoint(folder, 1)
+    assert saved["settings"]["model"] == "resnet34"
+    assert "layer4.2.conv2.weight" in saved["model"]  # resnet18's layer4 has two blocks
+    assert "13,114,368  learns at 0.0001" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+def test_layer4_learns_the_drawn_pictures_and_fc_alone_does_not(run):
+    words = ["--image-size", "32", "--train-size", "200", "--batch-size", "100", "--epochs", "20"]
+    (fc,) = history(run(*words), "test_accuracy")[-1]
+    (layer4,) = history(run(*words, "--unfreeze", "layer4"), "test_accuracy")[-1]
+    assert fc < 0.25
+    assert layer4 > fc + 0.08

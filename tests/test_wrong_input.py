@@ -1,0 +1,236 @@
+"""Wrong input, as a table: one line that names the culprit, status 2, nothing written."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, complaint
+from PIL import Image
+
+import compare
+import evaluate
+import train
+from study import benchmark
+
+MAINS = {
+    "train": train.main,
+    "evaluate": evaluate.main,
+    "compare": compare.main,
+    "benchmark": benchmark.main,
+}
+FOLDER = ("--dataset", "folder", "--data-dir")
+BATCH_OF_ONE = ("--image-size", "32", "--train-size", "26")  # in batches of 25
+
+
+def write_checkpoints(here: Path) -> None:
+    """A good checkpoint, bad ones, and a run's folder that holds a bad one."""
+    train.main([*SMALL, "--epochs", "1", "--out", str(here / "runs")])
+    (file,) = (here / "runs").glob("*/epoch1.pt")
+    good = file.read_bytes()
+    (here / "good.pt").write_bytes(good)
+    (here / "half.pt").write_bytes(good[: len(good) // 2])
+    (here / "empty.pt").write_bytes(b"")
+    torch.save({"fc.bias": torch.zeros(3)}, here / "weights.pt")
+    torch.save({"arguments": {}, "model": {}}, here / "old.pt")
+    file.with_name("epoch3.pt").write_bytes(good[: len(good) // 2])
+
+
+def write_pictures(here: Path) -> None:
+    """Folders of pictures, each with one thing wrong, and pictures that are wrong themselves."""
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(here / "whole.png")
+    Image.new("1", (30_000, 30_000)).save(here / "huge.png")
+    whole, huge = (here / "whole.png").read_bytes(), (here / "huge.png").read_bytes()
+    sound = [f"{split}/{label}/0.png" for split in ("train", "test") for label in ("cat", "dog")]
+
+    def pictures(name: str, files: dict[str, bytes], without: tuple[str, ...] = ()) -> Path:
+        for file, content in (dict.fromkeys(sound, whole) | files).items():
+            if not file.startswith(without or ("-",)):
+                (here / name / file).parent.mkdir(parents=True, exist_ok=True)
+                (here / name / file).write_bytes(content)
+        return here / name
+
+    pictures("zero", {"train/cat/1.png": b""})
+    pictures("text", {"train/cat/1.jpg": b"I am not a picture"})
+    pictures("half", {"test/dog/1.png": whole[:60]})
+    pictures("huge", {"train/dog/1.png": huge})
+    pictures("one", {}, without=("train/cat", "test/cat"))
+    pictures("untested", {}, without=("test",))
+    pictures("stranger", {"test/horse/0.png": whole})
+    pictures("named", {"train/cat/1.png/x": b"a folder"}, without=("train/cat/0.png",))
+    (pictures("dangling", {}) / "train/cat/1.png").symlink_to("nowhere.png")
+    (pictures("circle", {}) / "train/cat/again").symlink_to("..")
+    (pictures("hollow", {}) / "train/horse").mkdir()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    here = tmp_path_factory.mktemp("place")
+    write_checkpoints(here)
+    write_pictures(here)
+    (here / "nothing").mkdir()
+    return here
+
+
+def below(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Everything that is there, but for the locks that a run leaves behind."""
+    found = {}
+    for path in folder.rglob("*"):
+        if ".locks" not in path.parts:
+            found[path] = path.lstat().st_size, path.lstat().st_mtime_ns
+    return found
+
+
+# fmt: off
+FLAGS = [
+    ("train", ["--unfreeze", "layer9"], "--unfreeze.*'layer9'"),
+    ("train", ["--unfreeze", "layer2"], "--unfreeze layer2.*--lr layer2="),
+    ("train", ["--epochs", "0"], "--epochs.*'0'"),
+    ("train", ["--epochs", "ten"], "--epochs.*'ten'"),
+    ("train", ["--epochs", "3", "0"], "--epochs.*'0'"),
+    ("train", ["--epochs"], "--epochs"),
+    ("train", ["--batch-size", "0"], "--batch-size.*'0'"),
+    ("train", ["--batch-size", "9223372036854775808"], "--batch-size.*2147483647"),
+    ("train", ["--image-size", "31"], "--image-size.*from 32 to 4096.*'31'"),
+    ("train", ["--image-size", "3000000"], "--image-size.*from 32 to 4096.*'3000000'"),
+    ("train", ["--seed", "-1"], "--seed"),
+    ("train", ["--seed", "18446744073709551616"], "--seed.*2147483647"),
+    ("train", ["--train-size", "1.5"], "--train-size.*'1.5'"),
+    ("train", ["--train-size", "2001"], "train size.*from 10 .*to 2000.*2001"),
+    ("train", ["--train-size", "9"], "train size.*from 10 .*9"),
+    ("train", ["--lr", "layer4=1e-3"], "--lr layer4=.*fc"),
+    ("train", ["--lr", "1e-3"], "--lr: '1e-3' is not STAGE=RATE"),
+    ("train", ["--lr", "fc=fast"], "--lr: 'fc=fast'"),
+    ("train", ["--lr", "fc=0"], "--lr: 'fc=0'"),
+    ("train", ["--lr", "fc=-1"], "--lr: 'fc=-1'"),
+    ("train", ["--lr", "fc=nan"], "--lr: 'fc=nan'"),
+    ("train", ["--lr", "fc=inf"], "--lr: 'fc=inf'"),
+    ("train", ["--model", "vgg16"], "--model.*'vgg16'"),
+    ("train", ["--dataset", "mnist"], "--dataset.*'mnist'"),
+    ("train", ["--frozen-batchnorm", "half"], "--frozen-batchnorm.*'half'"),
+    ("train", ["--cache", "tape"], "--cache.*'tape'"),
+    ("train", ["--precision", "fp8"], "--precision.*'fp8'"),
+    ("train", ["--nothing"], "--nothing"),
+    ("train", ["--epoch", "3"], "unrecognized.*--epoch"),
+    ("train", [*BATCH_OF_ONE, "--unfreeze", "layer4"], "--batch-size 25.*a batch of one"),
+    ("train", [*BATCH_OF_ONE, "--frozen-batchnorm", "train"], "--batch-size 25.*a batch of one"),
+    ("evaluate", [], "CHECKPOINT"),
+    ("evaluate", ["good.pt", "--image", __file__, "--per-class"], "--image.*--per-class"),
+    ("evaluate", ["good.pt", "--image", __file__, "--csv", "scores.csv"], "--image.*--csv"),
+    ("evaluate", ["good.pt", "--precision", "fp8"], "--precision.*'fp8'"),
+    ("evaluate", ["good.pt", "--per-clas"], "unrecognized.*--per-clas"),
+    ("compare", [], "CHECKPOINT"),
+    ("compare", ["good.pt", "--paired", "paired.csv"], "--paired takes two"),
+    ("compare", ["good.pt", "--csv", "a.csv", "--paired", "paired.csv"], "--paired takes two"),
+    ("compare", ["good.pt", "--pair", "paired.csv"], "unrecognized.*--pair"),
+    ("benchmark", ["--lr", "fc=1"], "--lr is not for the benchmark"),
+    ("benchmark", ["--cache", "off"], "--cache is not for the benchmark"),
+    ("benchmark", ["--strategies", "layer2"], "'layer2'"),
+    ("benchmark", ["--nonsense"], "unrecognized.*--nonsense"),
+    ("benchmark", ["--epochs", "0"], "--epochs.*'0'"),
+    ("run_all.sh", ["--unfreeze", "layer2"], "--unfreeze.*train.py"),
+    ("run_all.sh", ["--epochs=3"], "--epochs"),
+    ("run_all.sh", ["--seed", "1"], "--seed.*SEEDS="),
+    ("run_all.sh", ["--out"], "--out"),
+    ("run_all.sh", ["--out", ""], "--out"),
+]
+FILES = [
+    ("train", ["--weights", "nowhere.pth"], "no weights file .*/nowhere.pth"),
+    ("train", ["--weights", "nothing"], "no weights file .*/nothing"),
+    ("train", ["--weights", __file__], "test_wrong_input.py holds no state_dict .* resnet18"),
+    ("train", ["--weights", "empty.pt"], "empty.pt holds no state_dict .* resnet18"),
+    ("train", ["--weights", "weights.pt"], "weights.pt holds no state_dict .* resnet18"),
+    ("train", ["--out", "/proc/nothing"], "/proc/nothing.*--out"),
+    ("train", ["--out", __file__], "test_wrong_input.py.*--out"),
+    ("train", ["--out", "runs", "--epochs", "3", "--resume"], "runs/.*/epoch3.pt"),
+    ("train", ["--dataset", "cifar10", "--data-dir", "/proc/nothing"], "--data-dir /proc/nothing"),
+    ("train", ["--dataset", "cifar10", "--data-dir", "good.pt"], "--data-dir .*/good.pt"),
+    ("evaluate", ["nowhere.pt"], "no checkpoint nowhere.pt"),
+    ("evaluate", ["nothing"], "no checkpoint nothing"),
+    ("evaluate", [__file__], "test_wrong_input.py is .*no checkpoint"),
+    ("evaluate", ["weights.pt"], "weights.pt is no checkpoint"),
+    ("evaluate", ["half.pt"], "half.pt is damaged"),
+    ("evaluate", ["empty.pt"], "empty.pt is damaged"),
+    ("evaluate", ["old.pt"], "old.pt was written by an earlier version"),
+    ("evaluate", ["good.pt", "nowhere.pt"], "no checkpoint nowhere.pt"),
+    ("evaluate", ["good.pt", "--csv", "/proc/nothing/summary.csv"], "/proc/nothing/summary.csv"),
+    ("evaluate", ["good.pt", "--csv", "."], "it is a folder"),
+    ("compare", ["nowhere.pt"], "no checkpoint nowhere.pt"),
+    ("compare", ["half.pt"], "half.pt is damaged"),
+    ("compare", ["good.pt", "weights.pt", "--csv", "a.csv"], "weights.pt is no checkpoint"),
+    ("compare", ["good.pt", "--csv", "/proc/nothing/summary.csv"], "/proc/nothing/summary.csv"),
+    ("compare", ["good.pt", "--csv", "."], "it is a folder"),
+    ("compare", ["good.pt", "good.pt", "--csv", "a.csv", "--paired", "."], "it is a folder"),
+    ("benchmark", ["--weights", "weights.pt"], "weights.pt holds no state_dict"),
+    ("benchmark", ["--dataset", "synthetic", "--csv", "/proc/nothing/a.csv"], "/proc/nothing/a.csv"),
+]
+PICTURES = [
+    ("train", [*FOLDER, "nowhere"], "no .*/nowhere/train"),
+    ("train", [*FOLDER, "nothing"], "no .*/nothing/train"),
+    ("train", [*FOLDER, "good.pt"], "no .*/good.pt/train"),
+    ("train", [*FOLDER, "zero"], "zero/train/cat/1.png"),
+    ("train", [*FOLDER, "text"], "text/train/cat/1.jpg"),
+    ("train", [*FOLDER, "half", "--train-size", "2"], "half/test/dog/1.png"),
+    ("train", [*FOLDER, "huge"], "huge/train/dog/1.png.*900000000 pixels"),
+    ("train", [*FOLDER, "one", "--train-size", "1"], "one holds one class, dog"),
+    ("train", [*FOLDER, "untested", "--train-size", "2"], "no .*untested/test or .*untested/val"),
+    ("train", [*FOLDER, "stranger", "--train-size", "2"], "stranger/test has classes .*: horse"),
+    ("train", [*FOLDER, "stranger", "--train-size", "1"], "train size.*from 2 .*to 2.*1"),
+    ("train", [*FOLDER, "named"], "named/train: .*cat"),
+    ("train", [*FOLDER, "dangling"], "dangling/train/cat/1.png"),
+    ("train", [*FOLDER, "circle"], "circle.*again"),
+    ("train", [*FOLDER, "hollow"], "hollow/train: .*horse"),
+    ("evaluate", ["good.pt", "--image", "nowhere.jpg"], "picture nowhere.jpg"),
+    ("evaluate", ["good.pt", "--image", "nothing"], "picture nothing"),
+    ("evaluate", ["good.pt", "--image", __file__], "picture .*test_wrong_input.py"),
+    ("evaluate", ["good.pt", "--image", "zero/train/cat/1.png"], "picture zero/train/cat/1.png"),
+    ("evaluate", ["good.pt", "--image", "huge.png"], "picture huge.png"),
+    ("benchmark", [*FOLDER, "nothing"], "no .*/nothing/train"),
+    ("benchmark", [*FOLDER, "zero"], "zero/train/cat/1.png"),
+]
+DEVICES = [
+    ("train", ["--device", "cuda"], "--device cuda"),
+    ("evaluate", ["good.pt", "--device", "cuda"], "good.pt: --device cuda"),
+    ("compare", ["good.pt", "--cka", "--device", "cuda"], "--device cuda"),
+]
+# fmt: on
+
+
+def small_run(script: str, words: list[str]) -> list[str]:
+    """What comes before the wrong words, so that nothing else is wrong and nothing takes long."""
+    if script == "benchmark":
+        return ["--weights", "none"]
+    if script != "train":
+        return []
+    if words[: len(FOLDER) - 1] == list(FOLDER[:-1]):  # which holds fewer than 60 pictures
+        at = SMALL.index("--train-size")
+        return [*SMALL[:at], *SMALL[at + 2 :]]
+    return list(SMALL)
+
+
+@pytest.mark.parametrize("script, words, culprit", FLAGS + FILES + PICTURES)
+def test_wrong_input_is_refused_in_one_line(place, monkeypatch, capsys, script, words, culprit):
+    monkeypatch.chdir(place)
+    before = below(place)
+    if script == "run_all.sh":
+        command = ["bash", str(ROOT / script), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2
+        assert line.startswith("run_all.sh: error: ")
+    else:
+        line = complaint(MAINS[script], [*small_run(script, words), *words], capsys)
+    assert re.search(culprit, line), line
+    assert below(place) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("script, words, culprit", DEVICES)
+def test_a_device_that_is_missing_is_named(place, monkeypatch, capsys, script, words, culprit):
+    monkeypatch.chdir(place)
+    before = below(place)
+    line = complaint(MAINS[script], [*small_run(script, words), *words], capsys)
+    assert re.search(culprit, line), line
+    assert below(place) == before
