@@ -64,9 +64,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         if args.cka:
             report_cka(Path(path), checkpoint, args)
+    report_pairs(args.paired, rows, [checkpoint for _, checkpoint in runs])
     if args.csv:
         write_csv(args.csv, rows[0], [row.values() for row in rows])
-    report_pairs(args.paired, rows, [checkpoint for _, checkpoint in runs])
 
 
 # ---------------------------------------------------------------- image by image

@@ -301,7 +301,8 @@ def draw_kind(folder: Path, prefix: str, runs: list[dict]) -> None:
     save(folder / f"{prefix}pixels.png", sweep, runs, "image_size", "pixels a side")
     save(folder / f"{prefix}drift.png", drift, runs)
     if others := len(runs) - len(largest):
-        print(f"{others} runs of other sizes are in sizes, pixels and drift, where they compare")
+        where = "in sizes, pixels and drift as far as they compare"
+        print(f"runs of other sizes: {others}, {where}")
 
 
 def save(file: Path, draw: Callable, what: list[dict] | Path, *more) -> None:

@@ -22,13 +22,14 @@ for candidate in python python3 "$here/.venv/bin/python" "$here/.venv/Scripts/py
     fi
 done
 if [ -z "$python" ]; then
-    echo "No Python here has $wanted: installing requirements.txt into $here/.venv (once, some minutes, 5 GB)"
-    echo "Without a GPU the small build is enough: pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+    echo "No Python here has $wanted: installing requirements.txt into"
+    echo "$here/.venv (once, some minutes, 5 GB). Without a GPU a smaller torch is enough:"
+    echo "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu"
     { python3 -m venv --clear "$here/.venv" || python -m venv --clear "$here/.venv"; } || exit 1
     python="$here/.venv/bin/python"
     [ -x "$python" ] || python="$here/.venv/Scripts/python"
     "$python" -m pip install --quiet -r "$here/requirements.txt" || {
-        echo "setup failed: see above. What is needed is a Python, 3.10 or newer, that can install $wanted" >&2
+        echo "setup failed: see above. It needs Python 3.10 or newer, and $wanted" >&2
         exit 1
     }
 fi

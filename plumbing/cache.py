@@ -5,6 +5,7 @@
 A place that is too small in spite of the estimate is given up for the next one.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -53,6 +54,7 @@ def choose(
     if wanted == "auto" and not len(features[0].prefix):
         return "off", "off, no stage whose output stays the same"
     if wanted == "disk":
+        remove_dead_parts(folder)
         need = sum(feature.bytes for feature in features if not file_of(feature, folder).exists())
     places = [wanted]
     if wanted == "auto":
@@ -66,7 +68,8 @@ def choose(
         if need + room(place, need) <= free:
             return place, f"{text} {where[place]}, {free / 1e9:.1f} GB were free"
         found.append(f"{free / 1e9:.1f} GB free {where[place]}")
-    shortage = f"{text} do not fit ({', '.join(found)})"
+    spare = f"{room(places[-1], need) / 1e9:.1f} GB to spare"
+    shortage = f"{text} and {spare} do not fit ({', '.join(found)})"
     if wanted != "auto":
         remedy = "try --cache off, --train-size or a smaller --image-size"
         raise UserError(f"--cache {wanted}: {shortage}; {remedy}")
@@ -78,6 +81,14 @@ def room(place: str, need: int) -> int:
     if place != "disk":
         return ROOM
     return ROOM // 8 if need else 0
+
+
+def remove_dead_parts(folder: Path) -> None:
+    """Removes what killed fills left, of whatever features; not what is being written now."""
+    for part in folder.glob(".*.features.*.part"):
+        name = part.name[1:].rsplit(".", 2)[0]
+        with contextlib.suppress(UserError), locked(folder, name):
+            remove_leftovers(folder, name)
 
 
 def fill_all(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from torch import nn
 
 from data import UserError
 from plumbing import terminal
@@ -28,9 +29,8 @@ from plumbing.files import check_writable, locked, remove_leftovers, write_csv, 
 from plumbing.machine import device_name, memory_is_full
 from plumbing.settings import Settings
 
-FORMAT = 2
 RARELY = 20  # times its own duration: how long after a checkpoint the next unasked one may come
-NEEDED = {"format", "settings", "facts", "history", "model", "seconds", "test_correct"}
+NEEDED = {"settings", "facts", "history", "model", "seconds", "test_correct"}
 
 
 class Run:
@@ -67,12 +67,17 @@ class Run:
         for file in sorted(self.folder.glob("*.pt")):
             saved[file.name] = read_checkpoint(file)
             self.check_same(file, saved[file.name]["settings"])
-        if not self.args.resume or not saved:
+        if not saved:
             return
         ends = {name: len(checkpoint["history"]) for name, checkpoint in saved.items()}
-        longest = saved[max(ends, key=ends.get)]["history"]
+        last = max(ends, key=ends.get)  # epochN.pt before latest.pt, if both have come as far
+        longest = saved[last]["history"]
         self.newest = self.rows = len(longest)
         write_history(self.folder, longest)  # in case it was killed just before that
+        if last != "latest.pt":  # or before this
+            (self.folder / "latest.pt").unlink(missing_ok=True)
+        if not self.args.resume:
+            return
         self.missing = [n for n in self.missing if f"epoch{n}.pt" not in saved]
         usable = [name for name, end in ends.items() if self.missing and end < self.missing[0]]
         if usable:
@@ -87,7 +92,12 @@ class Run:
                     f"go on as it began, use another --out, or delete {self.folder}"
                 )
 
-    def restore(self, model, optimizer, scaler) -> None:
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+    ) -> None:
         """Put back what a stopped run had reached, and remember what to keep of this one."""
         self.parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
         if self.checkpoint:
@@ -149,7 +159,7 @@ class Run:
     def write(self, name: str, correct: torch.Tensor) -> None:
         """One checkpoint: plain values and tensors, so that weights_only=True can read it."""
         start, file = time.monotonic(), io.BytesIO()
-        content = {"format": FORMAT, "settings": asdict(self.settings), "facts": self.facts()}
+        content = {"settings": asdict(self.settings), "facts": self.facts()}
         content |= {name: part.state_dict() for name, part in self.parts.items()}
         content |= {"history": self.history, "test_correct": correct}
         content["seconds"] = start - self.started

@@ -50,16 +50,12 @@ def train(
     train_set, test_set = (Pictures(root / split, image_size) for split in ("train", "test"))
     options = {"num_workers": os.cpu_count() if workers is None else workers}
     if tuned:
-        options |= {"pin_memory": device.type == "cuda", "persistent_workers": True}
+        options |= {"pin_memory": device.type == "cuda", "persistent_workers": workers != 0}
         model.to(memory_format=torch.channels_last)
     order = []  # filled anew in every epoch
     train_loader = DataLoader(train_set, batch_size, sampler=order, **options)
     test_loader = DataLoader(test_set, batch_size, **options)
-    model.requires_grad_(False)
-    for name in rates:
-        getattr(model, name).requires_grad_(True)
-    groups = [{"params": getattr(model, name).parameters(), "lr": rates[name]} for name in rates]
-    optimizer = torch.optim.Adam(groups, fused=tuned)
+    optimizer = torch.optim.Adam(what_learns(model, rates), fused=tuned)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     results = []
@@ -74,6 +70,14 @@ def train(
         row |= test(model, test_loader, autocast)
         results.append(row | {"seconds": time.monotonic() - start})
     return results
+
+
+def what_learns(model: torch.nn.Module, rates: dict[str, float]) -> list[dict]:
+    """The optimizer's groups: the layers that have a rate. The others are frozen."""
+    model.requires_grad_(False)
+    for name in rates:
+        getattr(model, name).requires_grad_(True)
+    return [{"params": getattr(model, name).parameters(), "lr": rates[name]} for name in rates]
 
 
 def train_epoch(model, loader, optimizer, scaler, autocast, tuned: bool) -> dict:

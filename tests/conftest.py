@@ -1,4 +1,4 @@
-"""Small runs of train.py inside the test's own process, and the HTTP server that downloads are tested against."""
+"""Small runs of train.py inside the test's own process, and an HTTP server to download from."""
 
 import csv
 import functools
@@ -28,9 +28,9 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "cuda" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
-        if "slow" in item.keywords and not config.getoption("--slow"):
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
 
 
@@ -51,8 +51,9 @@ def fewer_test_pictures():
 
 @pytest.fixture
 def float64(monkeypatch):
-    """Makes --precision fp32 compute in float64. Adam's first steps are little more than the sign of
-    the gradient, so float32's rounding grows to 1e-4 of the loss in a few steps; float64's does not."""
+    """Makes --precision fp32 compute in float64. Adam's first steps are little more than the sign
+    of the gradient, so float32's rounding grows to 1e-4 of the loss in a few steps; float64's
+    does not."""
     build = freeze.build
 
     def transform(pixels, size, dtype, flips):

@@ -14,6 +14,8 @@ import train
 from plumbing import drawn
 from plumbing.scoring import Loaded
 
+NAMES = ["train", "loss", "test", "loss", "accuracy", "images", "epochs", "run"]
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -55,7 +57,7 @@ def test_the_table_has_a_row_for_each_length_of_a_run(finished, lengths, tmp_pat
     ]
     assert [[float(row[column]) for column in columns] for row in table] == logged
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == "train loss test loss accuracy images epochs run".split()
+    assert header.split() == NAMES
     for line, (train_loss, test_loss, accuracy), row in zip(lines, logged, table):
         figures = [f"{train_loss:.4f}", f"{test_loss:.4f}", f"{accuracy:.2%}"]
         assert line.split() == [*figures, "60", row["epochs"], row["run"]]

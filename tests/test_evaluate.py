@@ -60,8 +60,8 @@ def read_table(file) -> tuple[list[str], list[list[str]]]:
 def test_evaluation_agrees_with_the_last_epoch(run, tmp_path, unfreeze, precision, images, rel):
     """The whole network as saved, against the folded prefix and the tail; bf16 may round an image
     across."""
-    how = "--precision", precision, "--image-size", "32", "--epochs", "1"
-    folder = run("--unfreeze", *unfreeze, *how)
+    few = "--train-size", "20", "--batch-size", "10", "--image-size", "32", "--epochs", "1"
+    folder = run("--unfreeze", *unfreeze, "--precision", precision, *few)
     evaluate.main([str(folder / "epoch1.pt"), "--csv", str(tmp_path / "summary.csv")])
     (row,) = rows(tmp_path / "summary.csv")
     loss, accuracy = history(folder, "test_loss", "test_accuracy")[-1]
@@ -94,8 +94,8 @@ def test_a_line_is_printed_for_each_checkpoint(finished, copied, tmp_path, capsy
     files = [str(finished / "epoch2.pt"), str(copied)]
     evaluate.main([*files, "--csv", str(tmp_path / "summary.csv")])
     header, *lines = capsys.readouterr().out.splitlines()
-    names = "train loss, test loss, accuracy, images, epochs, run"
-    assert header.split() == names.replace(",", "").split()
+    names = ["train", "loss", "test", "loss", "accuracy", "images", "epochs", "run"]
+    assert header.split() == names
     table = rows(tmp_path / "summary.csv")
     assert len(lines) == len(table) == 2
     for line, row in zip(lines, table):
@@ -111,7 +111,7 @@ def test_a_checkpoint_that_fails_does_not_cost_the_others_their_rows(finished, t
 
 
 def test_the_network_is_rebuilt_from_the_checkpoint_alone(run, tmp_path):
-    """Another ResNet, with more classes' worth of nothing else to go by."""
+    """Which of the ResNets it is, too."""
     how = "--image-size", "32", "--epochs", "1", "--unfreeze", "layer4"
     folder = run(*how, "--model", "resnet34")
     evaluate.main([str(folder / "epoch1.pt"), "--csv", str(tmp_path / "summary.csv")])

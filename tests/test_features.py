@@ -1,5 +1,7 @@
 """The room features.py: looking a feature up is computing it."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -18,8 +20,13 @@ def images():
     return drawn.synthetic("test").pixels[:20]
 
 
+@functools.cache
+def network() -> nn.Module:
+    return freeze.build("resnet18", 10)
+
+
 def features_of(images, first="layer4", dtype=torch.float32, mirrored=True) -> Features:
-    prefix, _ = freeze.split(freeze.build("resnet18", 10), first)
+    prefix, _ = freeze.split(network(), first)
     return Features(prefix, images, 48, CPU, dtype, mirrored)
 
 

@@ -1,4 +1,4 @@
-"""The shell scripts: run_all.sh, setup.sh and tests/run.sh, with a `python` that only takes notes."""
+"""run_all.sh, setup.sh and tests/run.sh, with a `python` that only takes notes."""
 
 import shutil
 import signal
@@ -11,17 +11,26 @@ import pytest
 from conftest import ROOT
 
 FAKE = """#!/bin/sh
-# Answers -c (is all installed?), makes a virtual environment of itself, and notes anything else.
+# Answers -c (is all installed?), makes a virtual environment of itself, and notes anything else,
+# a line a call, with quotes around what has a space in it.
+note() {
+    line=
+    for word; do
+        case "$word" in *" "*) word="'$word'" ;; esac
+        line="$line $word"
+    done
+    echo "${line# }" >> "$LOG"
+}
 case "$1" in
     -c) exit ANSWER ;;
-    -m) echo "$@" >> "$LOG"
+    -m) note "$@"
         if [ "$2" = venv ]; then
             made="$4/${VENV_BIN:-bin}/python"
             mkdir -p "$(dirname "$made")"
             sed 's/exit 1 ;;/exit 0 ;;/' "$0" > "$made"
             chmod +x "$made"
         fi ;;
-    *) echo "$@" >> "$LOG"
+    *) note "$@"
        if [ -n "$FOREVER" ]; then
            trap 'sleep 0.2; echo stopped >> "$LOG"; exit 143' TERM
            while :; do sleep 0.05; done
@@ -71,7 +80,7 @@ def variables_of(folder: Path) -> dict[str, str]:
 
 def test_run_all_makes_the_four_runs_in_two_and_compares_them(scripts):
     done, log = scripts("run_all.sh", "--data-dir", "/my data", "--batch-size", "256")
-    flags = "--epochs 10 50 --seed 0 --out results --resume --data-dir /my data --batch-size 256"
+    flags = "--epochs 10 50 --seed 0 --out results --resume --data-dir '/my data' --batch-size 256"
     assert done.returncode == 0, done.stderr
     assert log == [
         f"train.py --unfreeze layer4 {flags}",
@@ -88,11 +97,10 @@ def test_run_all_compares_what_is_in_its_folder(scripts, tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     _, log = scripts("run_all.sh", "--out=my results")
-    folder = "my results"
-    assert log[-1] == (
-        f"compare.py {folder}/one/epoch10.pt {folder}/one/epoch50.pt {folder}/two/epoch10.pt "
-        f"--csv {folder}/summary.csv"
-    )
+    files = ["one/epoch10.pt", "one/epoch50.pt", "two/epoch10.pt"]
+    asked = " ".join(f"'my results/{file}'" for file in files)
+    assert log[-1] == f"compare.py {asked} --csv 'my results/summary.csv'"
+    assert all("--out 'my results' --resume" in line for line in log[:-1])
 
 
 def test_run_all_with_seeds_and_the_baseline(scripts):
@@ -157,7 +165,7 @@ def test_run_all_explains_itself(scripts):
 def test_the_tests_get_the_arguments(scripts):
     done, log = scripts("tests/run.sh", "-k", "frozen and not cuda")
     assert done.returncode == 0, done.stderr
-    assert log == ["-m pytest -k frozen and not cuda"]
+    assert log == ["-m pytest -k 'frozen and not cuda'"]
 
 
 @pytest.mark.parametrize("script", ["run_all.sh", "tests/run.sh"])

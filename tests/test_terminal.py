@@ -6,14 +6,15 @@ import freeze
 from plumbing import terminal
 
 
-@pytest.fixture
-def on_a_terminal(monkeypatch):
+def on_a_terminal(monkeypatch) -> None:
+    """What is printed from here on goes to a terminal."""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setattr(terminal, "last_shown", 0.0)
 
 
 @pytest.mark.parametrize("columns", ["0", "40", "200"])
-def test_progress_fits_the_terminal_and_is_wiped(on_a_terminal, monkeypatch, capsys, columns):
+def test_progress_fits_the_terminal_and_is_wiped(monkeypatch, capsys, columns):
+    on_a_terminal(monkeypatch)
     monkeypatch.setenv("COLUMNS", columns)
     terminal.progress("a long line, " * 20)
     terminal.progress()
@@ -22,7 +23,8 @@ def test_progress_fits_the_terminal_and_is_wiped(on_a_terminal, monkeypatch, cap
     assert shown[1].startswith("a long line") and not shown[-2].strip()
 
 
-def test_progress_is_shown_ten_times_a_second_at_most(on_a_terminal, monkeypatch, capsys):
+def test_progress_is_shown_ten_times_a_second_at_most(monkeypatch, capsys):
+    on_a_terminal(monkeypatch)
     now = [100.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     for number in range(10):
@@ -39,7 +41,8 @@ def test_nothing_of_it_reaches_a_file(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_reporter_says_how_far_how_fast_and_how_long_still(on_a_terminal, monkeypatch, capsys):
+def test_a_reporter_says_how_far_how_fast_and_how_long_still(monkeypatch, capsys):
+    on_a_terminal(monkeypatch)
     now = [100.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     report = terminal.reporter("filling")

@@ -33,9 +33,10 @@ def parse(*words: str):
 
 
 def test_a_run_prints_what_it_does(run, capsys):
-    rate = "--lr", "layer3=3e-5"
-    folder = run("--unfreeze", "layer3", "layer4", *rate, "--batch-size", "30")
-    lines = capsys.readouterr().out.splitlines()
+    how = "--lr", "layer3=3e-5", "--batch-size", "30", "--image-size", "32"
+    folder = run("--unfreeze", "layer3", "layer4", *how)
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
     assert lines[0] == str(folder)
     assert lines[1] == "data     60 train and 60 test images, 10 classes"
     assert [line.split() for line in lines[3:9]] == [
@@ -53,15 +54,8 @@ def test_a_run_prints_what_it_does(run, capsys):
     assert [line.split()[0] for line in lines[13:15]] == ["1/2", "2/2"]
     assert lines[15].startswith(f"saved    {folder}/epoch2.pt")
     assert len(lines) == 16
-
-
-def test_what_a_run_prints_fits_a_terminal_and_a_log(run, capsys):
-    run("--unfreeze", "layer4", *TINY)
-    printed = capsys.readouterr().out
-    folder, *lines = printed.splitlines()
     assert "\r" not in printed  # live progress is for terminals
-    assert len(folder) > 0
-    assert max(len(line.replace(folder, "")) for line in lines) <= 80
+    assert max(len(line) for line in lines[1:15]) <= 80
 
 
 def test_each_length_is_said_to_be_saved(run, capsys):
@@ -98,11 +92,9 @@ def test_the_drift_is_how_far_the_weights_moved_relative_to_the_start(finished):
     before = freeze.build("resnet18", 10).layer4
     for epochs, (drift,) in enumerate(history(finished, "layer4_drift"), start=1):
         after = Loaded(checkpoint(finished, epochs)).model.layer4
-        moved = start = 0
-        for old, new in zip(before.parameters(), after.parameters()):
-            moved += (new - old).double().square().sum().item()
-            start += old.double().square().sum().item()
-        assert drift == pytest.approx((moved / start) ** 0.5, rel=1e-4)
+        old = torch.cat([parameter.flatten() for parameter in before.parameters()])
+        new = torch.cat([parameter.flatten() for parameter in after.parameters()])
+        assert drift == pytest.approx(((new - old).norm() / old.norm()).item(), rel=1e-4)
 
 
 def test_a_checkpoint_says_what_was_run(finished):
@@ -210,7 +202,9 @@ def test_another_resnet_trains_and_is_named_in_the_run(run, capsys):
 
 def test_layer4_learns_the_drawn_pictures_and_fc_alone_does_not(run):
     words = ["--image-size", "32", "--train-size", "200", "--batch-size", "100", "--epochs", "20"]
-    (fc,) = history(run(*words), "test_accuracy")[-1]
-    (layer4,) = history(run(*words, "--unfreeze", "layer4"), "test_accuracy")[-1]
+    columns = "train_accuracy", "test_accuracy"
+    _, fc = history(run(*words), *columns)[-1]
+    trained, layer4 = history(run(*words, "--unfreeze", "layer4"), *columns)[-1]
     assert fc < 0.25
     assert layer4 > fc + 0.08
+    assert trained > 0.9  # its weights learn, not only its BatchNorm's statistics: that gives 0.73

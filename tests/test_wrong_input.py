@@ -164,7 +164,7 @@ FILES = [
     ("compare", ["good.pt", "--csv", "."], "it is a folder"),
     ("compare", ["good.pt", "good.pt", "--csv", "a.csv", "--paired", "."], "it is a folder"),
     ("benchmark", ["--weights", "weights.pt"], "weights.pt holds no state_dict"),
-    ("benchmark", ["--dataset", "synthetic", "--csv", "/proc/nothing/a.csv"], "/proc/nothing/a.csv"),
+    ("benchmark", ["--dataset", "synthetic", "--csv", "/proc/no/a.csv"], "/proc/no/a.csv"),
 ]
 PICTURES = [
     ("train", [*FOLDER, "nowhere"], "no .*/nowhere/train"),

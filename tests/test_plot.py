@@ -1,0 +1,265 @@
+"""The pictures: what is drawn is what stands in the CSV files."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, complaint
+from PIL import Image
+
+import plot
+
+drawing = pytest.mark.skipif(plot.pyplot is None, reason="needs matplotlib")
+RATES = {"fc": "fc=0.001", "fc+layer4": "fc=0.001 layer4=0.0001"}
+RATES["fc+layer3+layer4"] = "fc=0.001 layer3=1e-05 layer4=0.0001"
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def accuracy(strategy: str, epoch: int, seed: float, size: int) -> float:
+    return 0.7 + 0.05 * len(strategy) / 10 + 0.001 * epoch + 0.01 * seed + size * 1e-6
+
+
+class Study:
+    """A folder of made-up runs."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.summary = folder, []
+
+    def add(self, strategy: str, *lengths: int, size: int = 1000, seed: int = 0, **other) -> None:
+        """One run, with a row of the summary for each of its lengths."""
+        settings = {"dataset": "cifar10", "model": "resnet18", "weights": "imagenet"}
+        settings |= {"precision": "bf16", "image_size": 224, "batch_size": 128}
+        settings |= {"learning_rates": RATES[strategy], "frozen_batchnorm": "eval"}
+        settings |= other
+        name = "-".join([strategy, str(seed), str(size), *map(str, other.values())])
+        history = []
+        for epoch in range(1, max(lengths) + 1):
+            row = {"epoch": epoch, "train_loss": 1 / epoch, "train_accuracy": 0.9}
+            row |= {"test_loss": 2 / epoch, "test_accuracy": accuracy(strategy, epoch, seed, size)}
+            row |= {f"{stage}_drift": 0.01 * epoch for stage in strategy.split("+")[1:]}
+            history.append(row)
+        write(self.folder / name / "history.csv", history)
+        for epochs in lengths:
+            row = {"run": name, "epochs": epochs, "strategy": strategy, "seed": seed} | settings
+            row |= {"train_images": size, "test_images": 400, "seconds": 1.5}
+            row["test_accuracy"] = history[epochs - 1]["test_accuracy"]
+            self.summary.append(row)
+        write(self.folder / "summary.csv", self.summary)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Three strategies, two seeds of 2 and 4 epochs on 1,000 images, smaller ones of 2 epochs,
+    another rate, and the usual mistake."""
+    study = Study(tmp_path)
+    for strategy in ("fc+layer3+layer4", "fc", "fc+layer4"):
+        for seed in (0, 1):
+            study.add(strategy, 2, 4, seed=seed)
+            study.add(strategy, 2, seed=seed, size=100)
+    study.add("fc+layer4", 2, learning_rates="fc=0.001 layer4=0.01")
+    study.add("fc+layer4", 2, frozen_batchnorm="train")
+    return study
+
+
+def largest(folder: Path) -> list[dict]:
+    return [run for run in plot.read(folder) if run["train_images"] == 1000]
+
+
+def labelled(axis) -> dict:
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    return {label: line for label, line in lines.items() if not label.startswith("_")}
+
+
+VARIANTS = ["fc+layer4 (layer4=0.01)", "fc+layer4, usual mistake"]
+
+
+@drawing
+def test_the_learning_curves_are_the_seeds_mean_and_spread(study):
+    figure = plot.curves(largest(study.folder), "a title")
+    axis = figure.axes[3]
+    lines = labelled(axis)
+    seeds = [f"{name} (2 seeds)" for name in plot.STYLES]
+    assert list(lines) == [*seeds, *(f"{name} (1 seed)" for name in VARIANTS)]
+    assert axis.get_ylabel() == "test accuracy" and axis.get_xlabel() == "epoch"
+    assert figure.axes[0].get_ylabel() == "train loss (nats)"
+    for line, band, strategy in zip(lines.values(), axis.collections, plot.STYLES):
+        zero = [accuracy(strategy, epoch, 0, 1000) for epoch in (1, 2, 3, 4)]
+        one = [accuracy(strategy, epoch, 1, 1000) for epoch in (1, 2, 3, 4)]
+        np.testing.assert_allclose(line.get_ydata(), np.mean([zero, one], axis=0))
+        extents = band.get_paths()[0].get_extents()
+        assert extents.y0 == pytest.approx(zero[0]) and extents.y1 == pytest.approx(one[-1])
+    styles = {(line.get_linestyle(), line.get_marker()) for line in lines.values()}
+    assert len(styles) == 5  # told apart without colours
+
+
+@drawing
+def test_the_table_has_every_seed_and_the_test_set_s_error(study):
+    axis = plot.table(largest(study.folder), "a title").axes[0]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    lengths = [f"{name}, {epochs} epochs" for name in plot.STYLES for epochs in (2, 4)]
+    assert names == [*lengths, *(f"{name}, 2 epochs" for name in VARIANTS)]
+    means = [container.lines[0].get_xdata()[0] for container in axis.containers]
+    assert means[3] == pytest.approx(accuracy("fc+layer4", 4, 0.5, 1000))
+    (low, _), (high, _) = axis.containers[3].lines[2][0].get_segments()[0]
+    assert (high - low) / 2 == pytest.approx((means[3] * (1 - means[3]) / 400) ** 0.5)
+
+
+@drawing
+def test_a_sweep_takes_runs_of_one_length_and_all_else_equal(study):
+    study.add("fc+layer4", 2, size=50, image_size=64)
+    axis = plot.sweep(plot.read(study.folder), "train_images", "training images").axes[0]
+    labels = [container.get_label() for container in axis.containers]
+    assert labels == [f"{name}, 2 epochs" for name in (*plot.STYLES, *VARIANTS)]
+    x, y = axis.containers[1].lines[0].get_data()
+    expected = [accuracy("fc+layer4", 2, 0.5, size) for size in (100, 1000)]
+    assert list(x) == [100, 1000] and y == pytest.approx(expected)
+    assert plot.sweep(largest(study.folder), "train_images", "training images") is None
+
+
+@drawing
+def test_the_drift_has_a_line_for_each_stage_and_rate(study):
+    lines = labelled(plot.drift(plot.read(study.folder)).axes[0])
+    assert list(lines) == [
+        "layer3 at 1e-05, fc+layer3+layer4, 1,000 images",
+        "layer4 at 0.0001, fc+layer3+layer4, 1,000 images",
+        "layer4 at 0.0001, fc+layer4, 1,000 images",
+        "layer4 at 0.0001, fc+layer4, usual mistake, 1,000 images",
+        "layer4 at 0.01, fc+layer4, 1,000 images",
+    ]
+    assert [len(line.get_xdata()) for line in lines.values()] == [4, 4, 4, 2, 2]
+
+
+@drawing
+@pytest.mark.parametrize(
+    "setting, value",
+    [("dataset", "pictures"), ("weights", "mine"), ("precision", "fp32"), ("model", "resnet50")],
+)
+def test_runs_of_two_kinds_are_never_one_line(tmp_path, capsys, setting, value):
+    study = Study(tmp_path)
+    study.add("fc", 2)
+    study.add("fc", 2, **{setting: value})
+    plot.main([str(tmp_path)])
+    drawn = {Path(line).name for line in capsys.readouterr().out.splitlines()}
+    first = str(study.summary[0][setting])
+    assert {f"{first}-curves.png", f"{value}-curves.png"} <= drawn
+
+
+@drawing
+@pytest.mark.parametrize("setting, value", [("image_size", 64), ("batch_size", 32)])
+def test_runs_of_two_sizes_are_never_one_line(tmp_path, capsys, setting, value):
+    study = Study(tmp_path)
+    study.add("fc", 2)
+    study.add("fc", 2, **{setting: value})
+    plot.main([str(tmp_path)])
+    assert "runs of other sizes: 1" in capsys.readouterr().out
+    groups = plot.by(plot.read(tmp_path), *plot.SIZES)
+    assert [len(group) for group in groups.values()] == [1, 1]
+
+
+@drawing
+def test_every_picture_that_there_is_something_for(study, capsys):
+    folder = study.folder
+    mistake = {"file": "01.png", "true": "cat", "said": "dog", "probability": 0.99}
+    write(folder / "one/epoch2.mistakes/mistakes.csv", [mistake])
+    Image.new("RGB", (32, 32), "red").save(folder / "one/epoch2.mistakes/01.png")
+    confusion = "true class,cat,dog\ncat,3,1\ndog,0,4\n"
+    (folder / "one/epoch2.confusion.csv").write_text(confusion)
+    plot.main([str(folder)])
+    names = ["curves.png", "table.png", "sizes.png", "drift.png"]
+    names += ["one/epoch2.confusion.png", "one/epoch2.mistakes/mistakes.png"]
+    files = [folder / name for name in names]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
+    assert lines == list(map(str, files))
+    for file in files:
+        assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 2000
+    assert not [*folder.rglob(".*")]
+
+
+def no_summary(folder: Path) -> None:
+    (folder / "summary.csv").unlink()
+
+
+def a_foreign_summary(folder: Path) -> None:
+    (folder / "summary.csv").write_text("hello\nworld\n")
+
+
+def a_foreign_history(folder: Path) -> None:
+    next(folder.glob("*/history.csv")).write_text("epoch,train_loss\n1,x\n")
+
+
+def an_empty_history(folder: Path) -> None:
+    next(folder.glob("*/history.csv")).write_text("")
+
+
+def no_history(folder: Path) -> None:
+    next(folder.glob("*/history.csv")).unlink()
+
+
+def a_history_without_losses(folder: Path) -> None:
+    for file in folder.glob("*/history.csv"):
+        file.write_text("epoch\n" + "\n".join(map(str, range(1, 5))))
+
+
+def a_foreign_confusion(folder: Path) -> None:
+    write(folder / "x/epoch2.confusion.csv", [{"true class": "cat", "dog": 2}])
+
+
+def mistakes_without_pictures(folder: Path) -> None:
+    rows = [{"file": "01.png", "true": "a", "said": "b", "probability": 1}]
+    write(folder / "x/epoch2.mistakes/mistakes.csv", rows)
+
+
+def a_folder_in_the_way(folder: Path) -> None:
+    (folder / "curves.png").mkdir()
+
+
+@drawing
+@pytest.mark.parametrize(
+    "damage, expected",
+    [
+        (no_summary, "no .*/summary.csv: python compare.py"),
+        (a_foreign_summary, "summary.csv is not what .* write"),
+        (a_foreign_history, "history.csv or .*summary.csv is not what"),
+        (an_empty_history, "history.csv or .*summary.csv is not what"),
+        (no_history, "cannot read .*/history.csv .No such file"),
+        (a_history_without_losses, "holds nothing to draw curves.png from .*train_loss"),
+        (a_foreign_confusion, "x/epoch2.confusion.csv holds nothing to draw"),
+        (mistakes_without_pictures, "mistakes.csv holds nothing to draw"),
+        (a_folder_in_the_way, "cannot write .*curves.png"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named_in_one_line(study, capsys, damage, expected):
+    damage(study.folder)
+    line = complaint(plot.main, [study.folder], capsys)
+    assert re.search(expected, line), line
+
+
+@drawing
+@pytest.mark.parametrize("folder", sorted((ROOT / "study/results").glob("*/summary.csv")))
+def test_the_study_s_figures_are_those_of_its_histories(folder):
+    """And every run of the summary can be drawn."""
+    runs = plot.read(folder.parent)
+    for run in runs:
+        assert run["history"]["test_accuracy"][-1] == pytest.approx(run["test_accuracy"], abs=5e-4)
+    plot.curves(runs[:1], "a title")
+
+
+def test_without_matplotlib_it_says_what_to_install():
+    script = str(ROOT / "plot.py")
+    hidden = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['matplotlib'] = None; "
+    hidden += f"import runpy; runpy.run_path({script!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: drawing needs matplotlib: pip install matplotlib" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
