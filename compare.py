@@ -11,6 +11,7 @@ with the pretrained one's, and does run the test images through both.
 """
 
 import itertools
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -51,22 +52,34 @@ def main(argv: list[str] | None = None) -> None:
     for file in (args.csv, args.paired):
         if file:
             check_writable(file)
-    runs = [(path, read_checkpoint(path)) for path in args.checkpoints]
-    rows = []
-    print("train loss  test loss   accuracy  images  epochs  run")
-    for path, checkpoint in runs:
-        last = checkpoint["history"][-1]
-        row = summary_row(path, checkpoint, last["test_loss"], last["test_accuracy"])
-        rows.append(row)
-        print(
-            f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%} "
-            f"{row['test_images']:7,} {row['epochs']:7}  {row['run']}"
-        )
-        if args.cka:
-            report_cka(Path(path), checkpoint, args)
-    report_pairs(args.paired, rows, [checkpoint for _, checkpoint in runs])
-    if args.csv:
+    runs, rows, failed = [], [], False
+    for path in args.checkpoints:
+        try:
+            runs.append(read_checkpoint(path))
+            rows.append(report(path, runs[-1], header=not rows))
+            if args.cka:
+                report_cka(Path(path), runs[-1], args)
+        except UserError as error:  # said, and the others compared all the same
+            print(f"compare.py: error: {error}", file=sys.stderr, flush=True)
+            failed = True
+    report_pairs(args.paired, rows, runs)
+    if args.csv and rows:
         write_csv(args.csv, rows[0], [row.values() for row in rows])
+    if failed:
+        sys.exit(2)
+
+
+def report(path: str, checkpoint: dict, header: bool) -> dict:
+    """Print a checkpoint's line of the table, and give its row of the CSV."""
+    last = checkpoint["history"][-1]
+    row = summary_row(path, checkpoint, last["test_loss"], last["test_accuracy"])
+    if header:
+        print("train loss  test loss   accuracy  images  epochs  run")
+    print(
+        f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%} "
+        f"{row['test_images']:7,} {row['epochs']:7}  {row['run']}"
+    )
+    return row
 
 
 # ---------------------------------------------------------------- image by image

@@ -46,6 +46,13 @@ def test_what_was_logged_is_what_is_scored(lengths, tmp_path, monkeypatch):
     assert logged == scored
 
 
+def test_a_damaged_checkpoint_does_not_cost_the_others_their_rows(lengths, tmp_path, capsys):
+    (tmp_path / "half.pt").write_bytes(b"half")
+    words = [tmp_path / "half.pt", *lengths, "--csv", tmp_path / "summary.csv"]
+    assert str(tmp_path / "half.pt") in complaint(compare.main, words, capsys)
+    assert [row["epochs"] for row in rows(tmp_path / "summary.csv")] == ["1", "2"]
+
+
 def test_the_table_has_a_row_for_each_length_of_a_run(finished, lengths, tmp_path, capsys):
     compare.main([*lengths, "--csv", str(tmp_path / "summary.csv")])
     table = rows(tmp_path / "summary.csv")

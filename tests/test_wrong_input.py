@@ -159,7 +159,7 @@ FILES = [
     ("evaluate", ["good.pt", "--csv", "."], "it is a folder"),
     ("compare", ["nowhere.pt"], "no checkpoint nowhere.pt"),
     ("compare", ["half.pt"], "half.pt is damaged"),
-    ("compare", ["good.pt", "weights.pt", "--csv", "a.csv"], "weights.pt is no checkpoint"),
+    ("compare", ["good.pt", "weights.pt"], "weights.pt is no checkpoint"),
     ("compare", ["good.pt", "--csv", "/proc/nothing/summary.csv"], "/proc/nothing/summary.csv"),
     ("compare", ["good.pt", "--csv", "."], "it is a folder"),
     ("compare", ["good.pt", "good.pt", "--csv", "a.csv", "--paired", "."], "it is a folder"),
