@@ -213,6 +213,8 @@ def test_a_run_that_cannot_save_keeps_both_files_of_before(run, monkeypatch):
     write = Path.write_bytes
 
     def full(path: Path, content: bytes) -> None:
+        if "epoch1.pt" not in path.name:
+            return write(path, content)
         write(path, content[: len(content) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
