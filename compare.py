@@ -22,8 +22,9 @@ import freeze
 from data import UserError
 from plumbing import datasets, machine, weights
 from plumbing.cache import fingerprint
-from plumbing.command import Parser, command
+from plumbing.command import Parser, command, paths
 from plumbing.files import check_writable, write_csv
+from plumbing.flags import folder, output
 from plumbing.runs import read_checkpoint, summary_row
 from plumbing.scoring import Loaded, prepared
 
@@ -36,15 +37,19 @@ def parse(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     # fmt: off
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="epochN.pt files of train.py")
-    add("--csv", metavar="FILE", help="write a row per checkpoint to this file")
-    add("--paired", metavar="FILE", help="write a row per pair to this file")
+    add("--csv", type=output, metavar="FILE", help="write a row per checkpoint to this file")
+    add("--paired", type=output, metavar="FILE", help="write a row per pair to this file")
     add("--cka", action="store_true",
         help="how alike the features of the stages that learned are to the pretrained ones")
-    add("--data-dir", type=Path, metavar="DIR",
+    add("--data-dir", type=folder, metavar="DIR",
         help="for --cka: where the data set is now (default: where it was)")
-    add("--device", choices=machine.DEVICES, help="for --cka (default: as in training)")
+    add("--device", type=machine.device_flag, help="for --cka (default: as in training)")
     # fmt: on
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.checkpoints = paths(args.checkpoints)
+    if not args.cka and (args.data_dir or args.device):
+        raise UserError("--data-dir and --device are for --cka: nothing else is computed here")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,8 +19,9 @@ from PIL import Image
 
 from data import Images, UserError
 from plumbing import datasets, machine
-from plumbing.command import Parser, command
+from plumbing.command import Parser, command, paths
 from plumbing.files import check_writable, write_csv, write_file
+from plumbing.flags import folder, output
 from plumbing.pictures import BILINEAR, read_image
 from plumbing.runs import read_checkpoint, summary_row
 from plumbing.scoring import Loaded, predict, prepared, score
@@ -33,20 +34,23 @@ def parse(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     # fmt: off
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="epochN.pt files of train.py")
-    add("--csv", metavar="FILE", help="write a row per checkpoint to this file")
+    add("--csv", type=output, metavar="FILE", help="write a row per checkpoint to this file")
     add("--per-class", action="store_true",
         help="accuracy per class; beside the checkpoint the confusion matrix and the most "
              "confident mistakes")
     add("--image", nargs="+", metavar="PICTURE",
         help="after the checkpoints: the top five classes of these pictures, no scoring")
-    add("--data-dir", type=Path, metavar="DIR",
+    add("--data-dir", type=folder, metavar="DIR",
         help="where the data set is now (default: where it was)")
-    add("--device", choices=machine.DEVICES, help="default: as in training")
+    add("--device", type=machine.device_flag, help="default: as in training")
     add("--precision", choices=["auto", *machine.PRECISIONS], help="default: as in training")
     # fmt: on
     args = parser.parse_args(argv)
+    args.checkpoints = paths(args.checkpoints)
     if args.image and (args.csv or args.per_class):
         raise UserError("--image names pictures; --csv and --per-class score: one at a time")
+    if args.image and args.data_dir:
+        raise UserError("--data-dir is for scoring: --image names pictures of no data set")
     return args
 
 
@@ -54,19 +58,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.csv:
         check_writable(args.csv)
-    pictures = [read_image(file) for file in args.image or []]
     load = datasets.Once()  # many checkpoints share one test set
     rows, failed = [], False
     for path in args.checkpoints:
         try:
             trained = Loaded(read_checkpoint(path), args.device, args.precision)
-            if pictures:
-                name_pictures(path, trained, args.image, pictures)
+            if args.image:
+                failed |= not name_pictures(path, trained, paths(args.image))
                 continue
             rows.append(score_one(path, trained, load, args, header=not rows))
         except UserError as error:  # said, and the others scored all the same
-            about = str(error) if str(path) in str(error) else f"{path}: {error}"
-            print(f"evaluate.py: error: {about}", file=sys.stderr)
+            complain(error if str(path) in str(error) else f"{path}: {error}")
             failed = True
     if args.csv and rows:
         write_csv(args.csv, rows[0], [row.values() for row in rows])
@@ -96,17 +98,32 @@ def score_one(
     return row
 
 
-def name_pictures(path: str, trained: Loaded, files: list[str], pictures: list) -> None:
-    """Print the five likeliest classes of each picture."""
-    size = (trained.image_size, trained.image_size)
-    pixels = np.stack([picture.resize(size, BILINEAR) for picture in pictures])
-    batches = prepared(torch.from_numpy(pixels), trained.image_size, trained.device)
+def complain(error: UserError | str) -> None:
+    print(f"evaluate.py: error: {error}", file=sys.stderr, flush=True)
+
+
+def name_pictures(path: str, trained: Loaded, files: list[str]) -> bool:
+    """Print the five likeliest classes of each picture, which goes the way that the training
+    pictures went: to their size, then to the network's. Returns whether all could be read."""
+    height, width = trained.checkpoint["facts"]["picture_size"]
+    named, pictures = [], []
+    for file in files:
+        try:
+            pictures.append(np.asarray(read_image(file).resize((width, height), BILINEAR)))
+            named.append(file)
+        except UserError as error:
+            complain(error)
+    if not pictures:
+        return False
+    pixels = torch.from_numpy(np.stack(pictures))
+    batches = prepared(pixels, trained.image_size, trained.device)
     logits = predict(trained.model, batches, trained.device, trained.precision)
     print(path)
-    for file, probabilities in zip(files, logits.softmax(1)):
+    for file, probabilities in zip(named, logits.softmax(1)):
         best = probabilities.topk(min(5, len(trained.classes)))
-        named = [f"{trained.classes[i]} {p:.1%}" for p, i in zip(best.values, best.indices)]
-        print(f"{file}: {', '.join(named)}")
+        likely = [f"{trained.classes[i]} {p:.1%}" for p, i in zip(best.values, best.indices)]
+        print(f"{file}: {', '.join(likely)}")
+    return len(named) == len(files)
 
 
 def report_classes(path: Path, logits: torch.Tensor, images: Images) -> None:
@@ -117,8 +134,10 @@ def report_classes(path: Path, logits: torch.Tensor, images: Images) -> None:
     pairs = torch.bincount(images.labels * count + said, minlength=count**2)
     confusion = pairs.view(count, count)
     for name, row, correct in zip(images.classes, confusion, confusion.diag()):
-        accuracy = correct / row.sum().clamp(min=1)
-        print(f"{'':21} {accuracy:10.2%}    {name}, {correct:,} of {row.sum():,}")
+        if row.sum() == 0:
+            print(f"{'':21} {'':10}    {name}: no test pictures")
+            continue
+        print(f"{'':21} {correct / row.sum():10.2%}    {name}, {correct:,} of {row.sum():,}")
     table = [[name, *row.tolist()] for name, row in zip(images.classes, confusion)]
     write_csv(path.with_suffix(".confusion.csv"), ["true class", *images.classes], table)
     write_mistakes(path.with_suffix(".mistakes"), said, probabilities, images)

@@ -239,17 +239,22 @@ def confusion(file: Path) -> "pyplot.Figure":
     rows = read_csv(file)
     names = [row["true class"] for row in rows]
     counts = np.array([[int(row[name]) for name in names] for row in rows])
+    title = ""
+    if len(names) > LARGEST_MATRIX:
+        wrong = counts - np.diag(counts.diagonal())
+        most = np.sort(np.argsort(wrong.sum(0) + wrong.sum(1))[-LARGEST_MATRIX:])
+        title = f"the {LARGEST_MATRIX} most confused of {len(names)} classes"
+        names, counts = [names[i] for i in most], counts[np.ix_(most, most)]
     side = 1.5 + 0.6 * len(names)
     figure, axis = pyplot.subplots(figsize=(side, side), layout="constrained")
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     axis.imshow(shares, cmap="Greys", vmin=0, vmax=1)
-    if len(names) <= LARGEST_MATRIX:
-        for (row, column), count in np.ndenumerate(counts):
-            color = "white" if shares[row, column] > 0.5 else "black"
-            axis.text(column, row, f"{count:,}", ha="center", va="center", color=color, fontsize=8)
+    for (row, column), count in np.ndenumerate(counts):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axis.text(column, row, f"{count:,}", ha="center", va="center", color=color, fontsize=8)
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="said", ylabel="true")
+    axis.set(xlabel="said", ylabel="true", title=title)
     return figure
 
 
@@ -276,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     default = Path(__file__).parent / "study/results/h100"
     add = parser.add_argument
     add("folder", nargs="?", type=Path, default=default, help="default: study/results/h100")
-    folder = parser.parse_args(argv).folder
+    folder = parser.parse_args(argv).folder.expanduser()
     if pyplot is None:
         raise UserError("drawing needs matplotlib: pip install matplotlib")
     kinds = by(read(folder), *KIND)

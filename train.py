@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     machine.tune(device)
 
     # The pictures, and the pretrained network with a new last layer.
-    state = weights.load(args.weights, args.model)
     train, test = datasets.load_both(args)
+    state = weights.load(args.weights, args.model)
     model = freeze.build(args.model, len(train.classes), state, args.seed).to(device)
 
     # The run's folder, which knows how far the run has come.

@@ -8,11 +8,15 @@ What the user can put right ends in one line. What nobody outside can ends in a 
 """
 
 import argparse
+import contextlib
 import errno
+import glob
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from data import UserError
 from plumbing.machine import memory_is_full
@@ -54,6 +58,7 @@ def command(main: Callable[[], None], when_stopped: str, when_full: str) -> None
         raise KeyboardInterrupt(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, terminate)
+    sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
     try:
         return main()
     except KeyboardInterrupt as stop:
@@ -67,6 +72,46 @@ def command(main: Callable[[], None], when_stopped: str, when_full: str) -> None
     progress()
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(status)
+
+
+class Patient:
+    """A stream to print to, which never ends a command: what it cannot spell is escaped, and
+    when nobody reads it any more, as after `| head -1`, nothing is written."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        with contextlib.suppress(AttributeError):  # of a notebook
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            return self.give_up()
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.give_up()
+
+    def give_up(self) -> int:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def paths(texts: list[str]) -> list[str]:
+    """Files by name: ~ and patterns such as results/*/epoch10.pt are spelled out where the shell
+    has not done it."""
+    found = []
+    for text in texts:
+        text = os.path.expanduser(text)
+        matching = [] if os.path.exists(text) else sorted(glob.glob(text))
+        found += matching or [text]
+    return found
 
 
 def outcome(error: Exception, when_full: str) -> tuple[int | None, str]:

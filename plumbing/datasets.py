@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import tempfile
 from argparse import Namespace
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -32,14 +33,17 @@ def load(
     data_dir: Path,
     image_size: int,
     classes: tuple[str, ...] | None = None,
+    test_share: float | None = None,
+    size: list[int] | None = None,
 ) -> Images:
     """Load one split, "train" or "test", of one of DATASETS into memory. image_size: larger
-    folder pictures are resized once, here; classes: number a folder's labels by this order (that
-    of its training split) instead of by the split's own sorted names. Raises UserError."""
+    folder pictures are resized once, here. For the test split of a folder, from its training
+    split: classes, by whose order to number the labels; size, [height, width], to resize to.
+    test_share: of a folder without test pictures. Raises UserError."""
     if name == "synthetic":
         return drawn.synthetic(split)
     if name == "folder":
-        return pictures.folder(data_dir, split, image_size, classes)
+        return pictures.folder(data_dir, split, image_size, classes, test_share, size)
     fetch(name, data_dir)
     return cifar(data_dir, name, split == "train", download=True)  # which checks and unpacks
 
@@ -47,10 +51,18 @@ def load(
 def load_both(args: Namespace) -> tuple[Images, Images]:
     """The training images, as many as train.py's flags ask for, and the test images, checked to
     be something that can be learned. Raises UserError."""
-    train = load(args.dataset, "train", args.data_dir, args.image_size)
+    if args.test_share and args.dataset != "folder":
+        raise UserError("--test-share is for --dataset folder: this data set has test images")
+    where = args.data_dir, args.image_size
+    train = load(args.dataset, "train", *where, None, args.test_share)
+    args.picture_size = list(train.pixels.shape[1:3])
     if args.train_size:
         train = stratified_subset(train, args.train_size, args.seed)
-    test = load(args.dataset, "test", args.data_dir, args.image_size, train.classes)
+    same = train.classes, args.test_share, args.picture_size
+    test = load(args.dataset, "test", *where, *same)
+    if args.dataset == "folder" and (twice := pictures.in_both(train, test)):
+        count = f"{twice:,} of the {len(test.labels):,} test pictures"
+        print(f"warning: {count} are training pictures too: the accuracy means less", flush=True)
     if len(train.classes) < 2:
         only = f"{args.data_dir} holds one class, {train.classes[0]}"
         raise UserError(f"{only}: telling classes apart takes two")
@@ -74,8 +86,11 @@ class Once:
     def test_set(self, checkpoint: dict, data_dir: Path | None = None) -> Images:
         """data_dir: where the data set is now, if not where it was. Raises UserError."""
         facts, settings = checkpoint["facts"], checkpoint["settings"]
+        if data_dir and facts["dataset"] == "synthetic":
+            raise UserError("--data-dir: this run's pictures are drawn, not read from a folder")
         where = data_dir or Path(facts["data_dir"])
         key = facts["dataset"], "test", where, settings["image_size"], settings["classes"]
+        key += facts["test_share"], facts["picture_size"]
         if key != self.key:
             self.images, self.key = load(*key), key
         return self.images
@@ -86,12 +101,19 @@ def fetch(name: str, data_dir: Path) -> None:
     it holds is there. Raises UserError naming every source that failed and what to do by hand."""
     dataset = CIFAR[name]
     archive = data_dir / dataset.filename
+    if unpacked(name, data_dir):  # the folder may be one that is only to be read
+        return
+    there = pictures.inside(data_dir) if data_dir.is_dir() else []
+    if pictures.called(pictures.SPLITS["train"], there):
+        meant = f"{data_dir} holds pictures to train on"
+        raise UserError(f"{meant}: --dataset folder was probably meant, with --data-dir {data_dir}")
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=data_dir).close()
     except OSError as error:
         raise UserError(f"cannot write to --data-dir {data_dir} ({error.strerror})") from error
     with locked(data_dir, dataset.filename, wait=True):
-        if unpacked(name, data_dir) or check_integrity(archive, dataset.tgz_md5):
+        if check_integrity(archive, dataset.tgz_md5):
             return
         failures = []
         for url in [*MIRRORS.get(name, []), dataset.url]:

@@ -49,7 +49,7 @@ def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable])
     writer = csv.writer(text)
     writer.writerow(header)
     writer.writerows(rows)
-    write_file(path, text.getvalue().encode())
+    write_file(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def check_writable(file: str | Path) -> None:

@@ -11,7 +11,7 @@ from data import UserError
 from plumbing.cache import PLACES
 from plumbing.command import Parser, whole_number
 from plumbing.datasets import DATASETS
-from plumbing.machine import DEVICES, PRECISIONS
+from plumbing.machine import PRECISIONS, device_flag
 
 
 def parse(description: str, recipe: dict, argv: list[str] | None) -> argparse.Namespace:
@@ -64,11 +64,13 @@ def parser(description: str, recipe: dict) -> Parser:
     add("--dataset", choices=DATASETS, help="default: %(default)s")
     add("--data-dir", type=folder, default="data", metavar="DIR",
         help="where the data set is, or is downloaded to (default: data)")
+    add("--test-share", type=test_share, metavar="SHARE",
+        help="of pictures without a test folder, the share to test on, as in 0.2")
     add("--train-size", type=whole_number(1), metavar="N",
         help="train on this many images, the same share of every class")
     # how it runs
-    add("--device", choices=DEVICES, default="auto",
-        help="auto (default): CUDA, then MPS, then the CPU")
+    add("--device", type=device_flag, default="auto",
+        help="auto (default): CUDA, then MPS, then the CPU; or cpu, mps, cuda, cuda:1")
     add("--precision", choices=["auto", *PRECISIONS], default="auto",
         help="auto (default): the lowest that the device is fast at")
     add("--cache", choices=PLACES, default="auto",
@@ -76,20 +78,31 @@ def parser(description: str, recipe: dict) -> Parser:
              "memory; disk: in a file under --out, which later runs use too")
     add("--resume", action="store_true",
         help="go on after the last epoch that was kept; leave a finished run as it is")
-    add("--out", type=Path, default=Path("results"), metavar="DIR",
+    add("--out", type=output, default=Path("results"), metavar="DIR",
         help="the runs' folder (default: results)")
     # fmt: on
     made.set_defaults(**recipe)
     return made
 
 
+def output(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def folder(text: str) -> Path:
-    return Path(text).resolve()
+    return Path(text).expanduser().resolve()
 
 
 def weights_name(text: str) -> str:
     """imagenet, none, or a path, made absolute."""
-    return text if text in ("imagenet", "none") else str(Path(text).resolve())
+    return text if text in ("imagenet", "none") else str(Path(text).expanduser().resolve())
+
+
+def test_share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be between 0 and 1, as in 0.2, not {text!r}")
 
 
 def stage_rate(text: str) -> tuple[str, float]:

@@ -7,10 +7,12 @@
 Every system lacks some of what is asked for here. An estimate that cannot be made is left out.
 """
 
+import argparse
 import contextlib
 import ctypes
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +21,6 @@ import torch
 from data import UserError
 from plumbing.files import nearest
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # By their name in /proc/self/cgroup, version 2 and 1: the root, and the files of limit and use.
 CGROUPS = {
@@ -29,21 +30,43 @@ CGROUPS = {
 RECLAIMABLE = ("inactive_file", "total_inactive_file")  # version 2, 1: a file's copy can be dropped
 
 
+def device_flag(text: str) -> str:
+    """An argparse type: auto, cpu, mps, cuda or one of several, cuda:1."""
+    if not re.fullmatch("auto|cpu|mps|cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"takes auto, cpu, mps, cuda or cuda:1, not {text!r}")
+    return text
+
+
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, then Apple's MPS, then the CPU. Raises UserError for one that is not there."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(device for device in there if there[device])
-    if not there[name]:
-        raise UserError(
-            f"--device {name}: this PyTorch ({torch.__version__}) sees no {name} device; "
-            "--device auto takes what is there"
-        )
-    return torch.device(name)
+    """auto: CUDA, then Apple's MPS, then the CPU, the first that works. Raises UserError for one
+    that does not."""
+    if name != "auto":
+        if reason := why_not(name):
+            raise UserError(f"--device {name}: {reason}; --device auto takes what works")
+        return torch.device(name)
+    if torch.cuda.is_available():
+        reason = why_not("cuda")
+        if not reason:
+            return torch.device("cuda")
+        print(f"device   no CUDA: {reason}", flush=True)
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def why_not(name: str) -> str | None:
+    """Why this PyTorch cannot compute on a device, or None if it can."""
+    there = torch.backends.mps.is_available() if name == "mps" else True
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there = int(name.partition(":")[2] or 0) < count
+    if not there:
+        return f"this PyTorch ({torch.__version__}) sees no such device"
+    try:
+        torch.ones(1, device=name).add_(1).item()
+    except RuntimeError as error:  # a card too old or too new for this build
+        return f"this PyTorch ({torch.__version__}) cannot use it: {str(error).splitlines()[0]}"
+    return None
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -72,7 +95,9 @@ def tune(device: torch.device) -> None:
     gets them back page by page, zeroed, for each layer's output in each step. Without that the
     cache fill is 1.24 times as fast on 2 cores (medians of 3, fc+layer4 at 224x224).
     """
-    torch.backends.cudnn.benchmark = device.type == "cuda"
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.set_device(device)
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another system, another libc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own

@@ -178,6 +178,8 @@ class Run:
             "dataset": args.dataset,
             "data_dir": str(args.data_dir),
             "weights": args.weights,
+            "test_share": args.test_share,
+            "picture_size": args.picture_size,
             "unfrozen": args.unfreeze,
             "train_images": args.train_images,
             "trainable_parameters": sum(learning),
@@ -208,6 +210,10 @@ def read_checkpoint(path: str | Path) -> dict:
     if isinstance(checkpoint, dict) and "arguments" in checkpoint:
         old = "was written by an earlier version, which kept a folder per length"
         raise UserError(f"{path} {old}: train it again to use it here")
+    keys = list(map(str, checkpoint)) if isinstance(checkpoint, dict) else []
+    if any(key.endswith("conv1.weight") for key in keys):
+        what = "holds weights alone, no checkpoint of train.py"
+        raise UserError(f"{path} {what}: start a run from it, with train.py --weights {path}")
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= NEEDED:
         raise UserError(f"{path} is no checkpoint of train.py")
     return checkpoint

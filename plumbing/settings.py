@@ -2,12 +2,12 @@
 
 from argparse import Namespace
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from torch import nn
 
 import freeze
 from data import Images
+from plumbing import weights
 from plumbing.cache import fingerprint
 
 
@@ -72,7 +72,7 @@ def settings_of(args: Namespace, train: Images, test: Images, model: nn.Module) 
         dataset=args.data_dir.name if args.dataset == "folder" else args.dataset,
         strategy=strategy,
         model=args.model,
-        weights=Path(args.weights).stem,
+        weights=weights.name_of(args.weights),
         train_size=args.train_size or 0,
         image_size=args.image_size,
         batch_size=args.batch_size,

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import textwrap
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,16 +15,22 @@ import freeze
 from data import Images
 from plumbing.machine import device_name
 
-last_shown = 0.0  # when progress last wrote, monotonic seconds
+last_shown = time.monotonic()  # when progress last wrote
 
 
 def progress(text: str = "") -> None:
-    """Show one line in place on a terminal, ten times a second at most; no text wipes the line."""
+    """Show one line in place on a terminal, ten times a second at most; no text wipes the line.
+    Where there is no terminal, a line a minute."""
     global last_shown
     now = time.monotonic()
-    if not sys.stdout.isatty() or (text and now - last_shown < 0.1):
+    terminal = sys.stdout.isatty()
+    if text and now - last_shown < (0.1 if terminal else 60):
         return
     last_shown = now
+    if not terminal:
+        if text:
+            print(text, flush=True)
+        return
     width = shutil.get_terminal_size().columns - 1
     line = f"\r{text[:width]:{width}}"
     if not text:
@@ -52,14 +59,29 @@ def print_setup(
     device: torch.device,
 ) -> None:
     """What a run is about to do: where, on which pictures, which stages learn, on what device."""
-    counts = f"{len(train.labels):,} train and {len(test.labels):,} test images"
     print(folder)
-    print(f"data     {counts}, {len(train.classes)} classes")
+    print_data(train, test)
     print_stages(model, args.rates, args.frozen_batchnorm == "train")
     no_cuda = ""
     if args.device == "auto" and device.type != "cuda":
-        no_cuda = ", no CUDA device found"
+        no_cuda = ", no CUDA device that works"
     print(f"device   {device_name(device)}, {args.precision}{no_cuda}", flush=True)
+
+
+def print_data(train: Images, test: Images) -> None:
+    """How many images, of which classes, and how unequal these are."""
+    counts = torch.bincount(train.labels, minlength=len(train.classes))
+    small, large = counts.argmin(), counts.argmax()
+    print(f"data     {len(train.labels):,} train and {len(test.labels):,} test images")
+    named = ", ".join(train.classes[:10])
+    if len(train.classes) > 10:
+        named += f" and {len(train.classes) - 10} more"
+    text = f"{len(train.classes)} classes: {named}"
+    if counts[small] < counts[large]:
+        text += f"; from {counts[small]:,} of {train.classes[small]} to {counts[large]:,} of "
+        text += train.classes[large]
+    for line in textwrap.wrap(text, 70):
+        print(f"         {line}")
 
 
 def print_stages(model: nn.Module, rates: dict[str, float], mistake: bool) -> None:

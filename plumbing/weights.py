@@ -1,4 +1,8 @@
-"""Weights files: torchvision's own, downloaded once and checked, or anybody's state_dict."""
+"""Weights files: torchvision's own, downloaded once and checked, or anybody's.
+
+What people have is a state_dict wrapped in another dictionary, with a prefix before every key, with
+a head of its own or none. What is taken off is said in a line; fc is new in any case.
+"""
 
 import hashlib
 from http.client import HTTPException
@@ -9,29 +13,102 @@ from torchvision.models import get_model, get_model_weights
 
 from data import UserError
 from plumbing.datasets import download
+from plumbing.machine import memory_is_full
+
+WRAPPINGS = ("state_dict", "model", "model_state_dict", "model_state", "net", "weights")
+FIRST, SECOND = "conv1.weight", "layer1.0.conv1.weight"  # by which the prefix is found
+NAMED = 5  # of many keys, how many are named
+
+State = dict[str, torch.Tensor]
 
 
-def load(weights: str, model: str) -> dict[str, torch.Tensor] | None:
-    """The state_dict to start from: "imagenet" (torchvision's IMAGENET1K_V1), a path
-    (torchvision's keys, any number of classes), or "none", which gives None. Raises UserError."""
+def load(weights: str, model: str) -> State | None:
+    """The backbone's state_dict to start from, without fc: "imagenet" (torchvision's
+    IMAGENET1K_V1), a path, or "none", which gives None. Raises UserError."""
     if weights == "none":
         return None
     file = Path(weights)
     if weights == "imagenet":
         file = imagenet_file(model)
     if not file.is_file():
-        takes = "--weights takes imagenet, none or the path of a state_dict"
+        takes = "--weights takes imagenet, none or the path of a file"
         raise UserError(f"no weights file {file}: {takes}")
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        get_model(model, num_classes=len(state["fc.bias"])).load_state_dict(state)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {file} ({error.strerror})") from error
     except Exception as error:  # torch meets a foreign file with many kinds of errors, some long
+        if memory_is_full(error):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        what = f"{file} holds no state_dict of torchvision's {model}"
-        raise UserError(f"{what} ({reason[:160]})") from error
-    return state
+        what = f"{file} is damaged, or holds more than weights"
+        raise UserError(f"{what} ({reason[:160]}): save model.state_dict()") from error
+    return checked(backbone(content, file), file, model)
+
+
+def name_of(weights: str) -> str:
+    """What to call them in a run's name: imagenet, none, the file's name without its ending, and
+    for a checkpoint of train.py the run's."""
+    path = Path(weights)
+    if (path.parent / "history.csv").exists():
+        return f"{path.parent.name}-{path.stem}"
+    return path.stem
+
+
+def backbone(content: object, file: Path) -> State:
+    """The weights without what they are wrapped in, without prefix and without fc. Raises
+    UserError."""
+    taken = []
+    while isinstance(content, dict):
+        inside = [name for name in WRAPPINGS if isinstance(content.get(name), dict)]
+        if not inside:
+            break
+        taken.append(f'["{inside[0]}"]')
+        content = content[inside[0]]
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no weights but a {type(content).__name__}")
+    state = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    starts = [key.removesuffix(FIRST) for key in state if key.endswith(FIRST)]
+    prefixes = [start for start in starts if start + SECOND in state]
+    prefix = min(prefixes, key=len, default="")
+    if prefix:
+        taken.append(f"the prefix {prefix}")
+    if taken:
+        print(f"weights  {file.name}: without {', '.join(taken)}", flush=True)
+    inner = {key.removeprefix(prefix): value for key, value in state.items()}
+    return {key: value for key, value in inner.items() if not key.startswith("fc.")}
+
+
+def checked(state: State, file: Path, model: str) -> State:
+    """What fits the model, key by key. Raises UserError naming what is missing or of another
+    shape, and values that are no numbers; says what is left over."""
+    wanted = get_model(model, weights=None).state_dict()
+    for key in wanted:
+        if key.endswith("num_batches_tracked"):  # not in files from before PyTorch 0.4.1
+            state.setdefault(key, wanted[key])
+    wanted = {key: value for key, value in wanted.items() if not key.startswith("fc.")}
+    missing = [key for key in wanted if key not in state]
+    if missing:
+        raise UserError(f"{file} is no {model}: it lacks {some(missing)}")
+    for key, value in wanted.items():
+        if state[key].shape != value.shape:
+            shapes = f"{list(state[key].shape)} and not {list(value.shape)}"
+            raise UserError(f"{file} is no {model}: its {key} is {shapes}; try another --model")
+        if not torch.isfinite(state[key].float()).all():
+            raise UserError(f"{file} is broken: {key} holds values that are no finite numbers")
+    left_over = [key for key in state if key not in wanted]
+    layers = {key.split(".")[0] for key in wanted}
+    if more := [key for key in left_over if key.split(".")[0] in layers]:
+        raise UserError(f"{file} is no {model}: it has {some(more)} besides; try another --model")
+    if left_over:
+        print(f"weights  {file.name}: not used: {some(left_over)}", flush=True)
+    return {key: state[key] for key in wanted}
+
+
+def some(keys: list[str]) -> str:
+    """The first few of them, and how many more."""
+    more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+    return ", ".join(keys[:NAMED]) + more
 
 
 def imagenet_file(model: str) -> Path:

@@ -168,6 +168,7 @@ def test_the_last_test_set_is_kept_for_the_next_checkpoint(monkeypatch, tmp_path
     monkeypatch.setattr(datasets, "load", loaded)
     once = datasets.Once()
     facts = {"dataset": "folder", "data_dir": str(tmp_path)}
+    facts |= {"test_share": 0.2, "picture_size": [32, 32]}
     one = {"facts": facts, "settings": {"image_size": 64, "classes": ("a", "b")}}
     other = {"facts": facts, "settings": {"image_size": 96, "classes": ("a", "b")}}
     assert once.test_set(one) is once.test_set(one)
@@ -175,4 +176,4 @@ def test_the_last_test_set_is_kept_for_the_next_checkpoint(monkeypatch, tmp_path
     once.test_set(one, tmp_path / "moved")
     sizes = [key[3] for key in asked]
     assert sizes == [64, 96, 64, 64] and asked[-1][2] == tmp_path / "moved"
-    assert asked[0] == ("folder", "test", tmp_path, 64, ("a", "b"))
+    assert asked[0] == ("folder", "test", tmp_path, 64, ("a", "b"), 0.2, [32, 32])

@@ -240,7 +240,8 @@ def test_your_own_pictures_from_training_to_scoring(tmp_path, capsys):
     assert checkpoint(file.parent, 1)["settings"]["classes"] == ("class 0", "class 1", "class 2")
     capsys.readouterr()
     evaluate.main([str(file), "--data-dir", str(moved), "--per-class"])
-    header, scores, *_ = capsys.readouterr().out.splitlines()
+    source, header, scores, *_ = capsys.readouterr().out.splitlines()
+    assert source == f"test pictures from {moved}/test"
     assert header.split()[5] == "images"
     assert scores.split()[3] == "20"
     shutil.rmtree(moved / "test")  # a checkpoint whose pictures are gone is named

@@ -1,5 +1,6 @@
 """Devices, precisions and memory, on machines that this one is not."""
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -20,9 +21,24 @@ HERE = Path("features")
 # ---------------------------------------------------------------- devices and precisions
 
 
-def there(monkeypatch, cuda: bool, mps: bool) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+def there(monkeypatch, cuda: int, mps: bool, broken: tuple[str, ...] = ()) -> None:
+    """A machine with so many CUDA cards; on the devices in `broken` nothing can be computed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    ones = torch.ones
+
+    def computed(*size, device=None):
+        if device in broken:
+            raise torch.AcceleratorError(NO_KERNELS)
+        return ones(*size)
+
+    monkeypatch.setattr(torch, "ones", computed)
+
+
+NO_KERNELS = """CUDA error: no kernel image is available for execution on the device
+Search for `cudaErrorNoKernelImageForDevice' in the documentation of CUDA.
+CUDA kernel errors might be asynchronously reported at some other API call."""
 
 
 @pytest.mark.parametrize(
@@ -43,8 +59,47 @@ def test_the_best_device_that_is_there(monkeypatch, cuda, mps, device):
 @pytest.mark.parametrize("name", ["cuda", "mps"], ids=["no cuda", "no mps"])
 def test_a_device_that_is_not_there(monkeypatch, name):
     there(monkeypatch, cuda=False, mps=False)
-    with pytest.raises(UserError, match=f"--device {name}: .* sees no {name} device"):
+    with pytest.raises(UserError, match=f"--device {name}: .* sees no such device"):
         machine.pick_device(name)
+
+
+def test_one_of_several_cards(monkeypatch):
+    there(monkeypatch, cuda=2, mps=False)
+    assert machine.pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="--device cuda:2: .* sees no such device"):
+        machine.pick_device("cuda:2")
+
+
+def test_a_flag_takes_devices_and_nothing_else():
+    for name in ("auto", "cpu", "mps", "cuda", "cuda:0", "cuda:1", "cuda:15"):
+        assert machine.device_flag(name) == name
+    for name in ("", "gpu", "cuda:", "cuda:x", "cuda1", "cuda:-1", "mps:0", "cuda:1 ", "cuda:1\n"):
+        with pytest.raises(argparse.ArgumentTypeError, match="takes auto, cpu, mps, cuda or"):
+            machine.device_flag(name)
+
+
+@pytest.mark.parametrize("mps, device", [(False, "cpu"), (True, "mps")])
+def test_a_card_without_kernels_is_passed_over_and_that_is_said(monkeypatch, capsys, mps, device):
+    there(monkeypatch, cuda=1, mps=mps, broken=("cuda",))
+    assert machine.pick_device("auto").type == device
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("device   no CUDA: ") and line.endswith(NO_KERNELS.splitlines()[0])
+
+
+def test_a_card_without_kernels_that_was_asked_for_is_one_line(monkeypatch):
+    there(monkeypatch, cuda=2, mps=False, broken=("cuda:1",))
+    assert machine.pick_device("cuda:0").index == 0
+    with pytest.raises(UserError, match="--device cuda:1: .*no kernel image") as failure:
+        machine.pick_device("cuda:1")
+    assert "\n" not in str(failure.value) and "--device auto" in str(failure.value)
+
+
+def test_tuning_makes_the_card_that_was_asked_for_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    machine.tune(torch.device("cuda", 1))
+    assert chosen == [torch.device("cuda", 1)] and torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize(

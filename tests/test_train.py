@@ -38,7 +38,9 @@ def test_a_run_prints_what_it_does(run, capsys):
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     assert lines[0] == str(folder)
-    assert lines[1] == "data     60 train and 60 test images, 10 classes"
+    assert lines[1] == "data     60 train and 60 test images"
+    assert lines[2].split()[:4] == ["10", "classes:", "bars,", "checks,"]
+    del lines[2:4]  # their names take two lines
     assert [line.split() for line in lines[3:9]] == [
         ["stem", "9,536", "frozen"],
         ["layer1", "147,968", "frozen"],

@@ -3,11 +3,15 @@
 import functools
 import hashlib
 import os
+import socket
+import threading
+import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torchvision.models import resnet18, resnet50
+from torchvision.models import get_model, resnet18
 
 import freeze
 from data import UserError
@@ -27,49 +31,189 @@ def test_weights_from_a_file_whatever_its_classes_and_a_new_fc(tmp_path):
     assert weights.load("none", "resnet18") is None
 
 
-def without(state: dict, name: str) -> dict:
-    return {key: tensor for key, tensor in state.items() if key != name}
+@functools.cache
+def state(model: str = "resnet18") -> dict[str, torch.Tensor]:
+    return get_model(model, num_classes=2).state_dict()
 
 
-WRONG = {
-    "a tensor is missing": (
-        lambda state: without(state, "layer3.0.conv1.weight"),
-        "layer3.0.conv1.weight",
-    ),
-    "one too many": (lambda state: state | {"layer5.weight": torch.zeros(1)}, "layer5.weight"),
-    "another shape": (
-        lambda state: state | {"conv1.weight": torch.zeros(64, 1, 7, 7)},
-        "size mismatch for conv1.weight",
-    ),
-    "no last layer": (lambda state: without(state, "fc.bias"), "KeyError: 'fc.bias'"),
-    "a checkpoint": (lambda state: {"model": state}, "KeyError: 'fc.bias'"),
-    "a list": (lambda state: list(state), "TypeError"),
-    "resnet50": (lambda state: resnet50(num_classes=2).state_dict(), "RuntimeError"),
+def load(content, model: str = "resnet18") -> dict[str, torch.Tensor]:
+    """What is taken of a file with this content."""
+    file = Path("weights.pth")
+    return weights.checked(weights.backbone(content, file), file, model)
+
+
+def refused(content, model: str = "resnet18") -> str:
+    with pytest.raises(UserError, match="^weights.pth ") as failure:
+        load(content, model)
+    message = str(failure.value)
+    assert "\n" not in message and len(message) < 500
+    return message
+
+
+def same(loaded: dict, before: dict) -> bool:
+    """Whether this is the backbone of those weights, all of it and nothing else."""
+    expected = [key for key in before if not key.startswith("fc.")]
+    if set(loaded) != set(expected):
+        return False
+    return all(torch.equal(loaded[key], before[key]) for key in expected)
+
+
+def prefixed(prefix: str, state: dict) -> dict:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def headless(state: dict) -> dict:
+    return {key: value for key, value in state.items() if not key.startswith("fc.")}
+
+
+# ---------------------------------------------------------------- weights as people have them
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("module.", "encoder.", "backbone.", "_orig_mod.", "model."),
+        *("_orig_mod.module.", "model.backbone.", "net.", "layer1.", "student_"),
+    ],
+)
+def test_a_prefix_is_taken_off_and_said(capsys, prefix):
+    loaded = load(prefixed(prefix, state()))
+    assert same(loaded, state())
+    assert capsys.readouterr().out == f"weights  weights.pth: without the prefix {prefix}\n"
+
+
+@pytest.mark.parametrize("wrapping", ["state_dict", "model", "model_state_dict", "net"])
+def test_a_wrapping_is_taken_off_and_said(capsys, wrapping):
+    content = {"epoch": 90, wrapping: state(), "optimizer": {"state": {}}, "arch": "resnet18"}
+    assert same(load(content), state())
+    assert capsys.readouterr().out == f'weights  weights.pth: without ["{wrapping}"]\n'
+
+
+def test_several_wrappings_around_a_prefix(capsys):
+    content = {"model": {"state_dict": prefixed("module.", state())}, "state_dict": "resnet18"}
+    assert same(load(content), state())
+    taken = 'without ["model"], ["state_dict"], the prefix module.'
+    assert taken in capsys.readouterr().out
+
+
+def test_plain_weights_are_nothing_to_speak_of(capsys):
+    for content in (state(), headless(state())):
+        assert same(load(content), state())
+    assert capsys.readouterr().out == ""
+
+
+HEADS = {
+    "none": {},
+    "without bias": {"fc.weight": torch.zeros(5, 512)},
+    "of another width": {"fc.weight": torch.zeros(5, 99), "fc.bias": torch.zeros(5)},
+    "a Sequential": {"fc.0.weight": torch.zeros(9, 512), "fc.2.weight": torch.zeros(5, 9)},
+    "no numbers": {"fc.weight": torch.full((5, 512), torch.nan), "fc.bias": torch.zeros(5)},
 }
 
 
-@functools.cache
-def state() -> dict[str, torch.Tensor]:
-    return resnet18(num_classes=2).state_dict()
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("head", HEADS)
+def test_fc_is_not_asked_for(prefix, head):
+    content = prefixed(prefix, headless(state()) | HEADS[head])
+    assert same(load(content), state())
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_weights_of_another_network(tmp_path, wrong):
-    change, reason = WRONG[wrong]
-    file = tmp_path / "weights.pth"
-    torch.save(change(state()), file)
-    with pytest.raises(UserError, match=reason) as failure:
-        weights.load(str(file), "resnet18")
-    message = str(failure.value)
-    assert f"{file} holds no state_dict of torchvision's resnet18" in message
-    assert "\n" not in message and len(message) < 400
+def test_what_is_superfluous_is_named_by_key(capsys):
+    content = headless(state()) | {"head.weight": torch.zeros(1), "lr": 0.1}
+    assert same(load(content), state())
+    assert capsys.readouterr().out == "weights  weights.pth: not used: head.weight\n"
+    content = prefixed("backbone.", state()) | {f"neck.{i}": torch.zeros(1) for i in range(7)}
+    assert same(load(content), state())
+    named = "not used: neck.0, neck.1, neck.2, neck.3, neck.4 and 2 more"
+    assert named in capsys.readouterr().out
 
 
-def test_weights_of_the_model_that_was_asked_for(tmp_path):
-    file = tmp_path / "weights.pth"
-    torch.save(state(), file)
-    with pytest.raises(UserError, match="no state_dict of torchvision's resnet34"):
-        weights.load(str(file), "resnet34")
+def test_two_networks_in_a_file_the_first_is_taken_and_the_other_named(capsys):
+    content = prefixed("encoder_q.", state()) | prefixed("encoder_k.", state())
+    assert same(load(content), state())
+    told = capsys.readouterr().out
+    assert "without the prefix encoder_q." in told and "not used: encoder_k.conv1.weight" in told
+
+
+def test_weights_from_before_batches_were_counted():
+    content = {key: state()[key] for key in state() if "num_batches" not in key}
+    assert same(load(content), state())
+
+
+def test_a_checkpoint_of_train_py_is_weights_too_named_by_its_run(run, capsys):
+    little = "--image-size", "32", "--epochs", "1", "--train-size", "20", "--batch-size", "10"
+    first = run(*little, "--unfreeze", "layer4")
+    file = first / "epoch1.pt"
+    before = torch.load(file, weights_only=True)["model"]
+    assert same(weights.load(str(file), "resnet18"), before)
+    assert weights.name_of(str(file)) == f"{first.name}-epoch1"
+    capsys.readouterr()
+    second = run(*little, "--weights", str(file))
+    assert 'weights  epoch1.pt: without ["model"]' in capsys.readouterr().out
+    assert second.name == f"synthetic-fc-fp32-s0-n20-b10-px32-{first.name}-epoch1"
+    after = torch.load(second / "epoch1.pt", weights_only=True)["model"]
+    assert same(headless(after), before)  # all but fc was frozen
+    assert not torch.equal(after["fc.weight"], before["fc.weight"])
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def without(state: dict, *names: str) -> dict:
+    return {key: tensor for key, tensor in state.items() if key not in names}
+
+
+def test_what_is_missing_is_named_by_key():
+    content = without(state(), "layer3.0.conv1.weight", "bn1.running_var")
+    lacks = "is no resnet18: it lacks bn1.running_var, layer3.0.conv1.weight"
+    assert lacks in refused(content)
+    assert "it lacks conv1.weight, bn1.weight" in refused({"fc.bias": torch.zeros(2)})
+    assert " and 95 more" in refused({})
+
+
+def test_another_shape_is_named_by_key():
+    message = refused(state() | {"conv1.weight": torch.zeros(64, 1, 7, 7)})
+    assert "its conv1.weight is [64, 1, 7, 7] and not [64, 3, 7, 7]" in message
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    "there, wanted",
+    [
+        *(("resnet50", "resnet18"), ("resnet34", "resnet18"), ("resnet18", "resnet34")),
+        *(("resnet18", "resnet50"), ("squeezenet1_1", "resnet18")),
+    ],
+)
+def test_weights_of_another_network(there, wanted, prefix):
+    """resnet34 holds all of resnet18, and more."""
+    message = refused(prefixed(prefix, state(there)), wanted)
+    assert f"is no {wanted}: it" in message
+
+
+@pytest.mark.parametrize(
+    "key, value", [("conv1.weight", torch.nan), ("layer4.1.bn2.running_var", -torch.inf)]
+)
+def test_values_that_are_no_numbers_are_refused_before_training(key, value):
+    content = {name: tensor.clone() for name, tensor in state().items()}
+    content[key].view(-1)[1] = value
+    message = refused(content)
+    assert f"is broken: {key} holds values that are no finite numbers" in message
+    assert "rates" not in message
+
+
+@pytest.mark.parametrize("content", [["conv1.weight"], torch.zeros(3), 5, "resnet18", None])
+def test_a_file_that_holds_something_else(content):
+    assert f"holds no weights but a {type(content).__name__}" in refused(content)
+
+
+def test_a_dictionary_with_keys_that_are_no_names():
+    assert "is no resnet18: it lacks conv1.weight" in refused({0: torch.zeros(3)})
+
+
+def test_a_whole_network_that_was_pickled_is_refused_with_what_to_do(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
+    with pytest.raises(UserError, match=r"model.pth is damaged, or holds.*save model.state_dict"):
+        weights.load(str(tmp_path / "model.pth"), "resnet18")
 
 
 class Malicious:
@@ -114,8 +258,8 @@ def imagenet(monkeypatch, server, tmp_path):
 
 
 def test_imagenet_weights_are_downloaded_once_and_checked(imagenet):
-    assert len(weights.load("imagenet", "resnet18")["fc.bias"]) == 2
-    assert len(weights.load("imagenet", "resnet18")["fc.bias"]) == 2
+    assert same(weights.load("imagenet", "resnet18"), state())
+    assert same(weights.load("imagenet", "resnet18"), state())
     assert imagenet.asked == [f"/{imagenet.name}"]
     imagenet.file.write_bytes(imagenet.file.read_bytes()[:-9])
     with pytest.raises(UserError, match="damaged.*delete it and put .* from http"):
@@ -139,6 +283,40 @@ def test_imagenet_weights_that_cannot_be_had(imagenet, monkeypatch, fault):
     for part in (imagenet.name, str(imagenet.file.parent), "--weights"):
         assert part in str(failure.value)
     assert not list(imagenet.file.parent.iterdir())
+
+
+def through(proxy: str, monkeypatch) -> None:
+    """Downloads go through this proxy. urllib asks only once which it is."""
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    monkeypatch.setenv("http_proxy", proxy)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://bad host:port", "http://[::1", "http://127.0.0.1:notaport", "nonsense"]
+)
+def test_a_proxy_setting_that_is_no_url_is_a_sentence(imagenet, monkeypatch, proxy):
+    through(proxy, monkeypatch)
+    with pytest.raises(UserError, match="could not download the ImageNet weights"):
+        weights.load("imagenet", "resnet18")
+    assert not imagenet.asked
+
+
+def test_a_proxy_that_answers_rubbish_is_a_sentence(imagenet, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+
+        def answer():
+            connection, _ = proxy.accept()
+            with connection:
+                connection.recv(9999)
+                connection.sendall(b"\x00\xffrubbish\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        through(f"http://127.0.0.1:{proxy.getsockname()[1]}", monkeypatch)
+        with pytest.raises(UserError, match="could not download the ImageNet weights"):
+            weights.load("imagenet", "resnet18")
+    assert not imagenet.asked
 
 
 def test_every_model_has_published_weights_whose_name_holds_their_hash():

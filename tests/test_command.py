@@ -1,0 +1,178 @@
+"""How a command prints and ends, whatever reads it; and the files it is given."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import train
+from plumbing import flags
+from plumbing.command import Patient, paths
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from plumbing.command import command
+
+def main():
+    for number in range(20_000):
+        print("line", number, "of a class named", sys.argv[2])
+    Path(sys.argv[1]).write_text("written")
+    {last}
+
+command(main, "stopped", "full")
+"""
+
+
+def script(file: Path, last: str = "pass", name: bytes = b"cat", **environment: str):
+    """A command that prints much, then writes a file; not yet waited for."""
+    words = [sys.executable, "-c", SCRIPT.format(last=last), str(file), name]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, **pipes)
+
+
+# ---------------------------------------------------------------- when nobody reads
+
+
+def test_a_command_whose_reader_leaves_goes_on_quietly(tmp_path):
+    """As with | head -1."""
+    process = script(tmp_path / "file")
+    assert process.stdout.readline().startswith(b"line 0")
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+    assert (tmp_path / "file").read_text() == "written"
+
+
+def test_an_error_has_its_status_though_nobody_reads(tmp_path):
+    fails = "raise __import__('data').UserError('the cause')"
+    process = script(tmp_path / "file", fails)
+    process.stdout.close()
+    assert process.stderr.read() == b"-c: error: the cause\n" and process.wait() == 2
+    process = script(tmp_path / "file", fails)
+    process.stderr.close()
+    process.stdout.close()
+    assert process.wait() == 2
+
+
+def test_a_reader_that_never_was(tmp_path):
+    """Output to a pipe whose other end is closed before the first line."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-c", SCRIPT.format(last="pass"), str(tmp_path / "file"), "cat"]
+    done = subprocess.run(words, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert done.stderr == b"" and done.returncode == 0
+
+
+@pytest.mark.parametrize("flush", [True, False], ids=["flushed", "written"])
+def test_a_stream_that_nobody_reads_swallows_what_is(flush):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as inner:
+        stream = Patient(inner)
+        for _ in range(2000):
+            print("a line that nobody reads", file=stream, flush=flush)
+
+
+# ---------------------------------------------------------------- what cannot be spelled
+
+
+def test_a_command_through_an_ascii_pipe_spells_all_names(tmp_path):
+    last = "raise __import__('data').UserError(sys.argv[2])"
+    name = "F\u00fcchse \u732b ".encode() + b"caf\xe9"
+    utf8 = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "ascii"}
+    out, err = script(tmp_path / "file", last, name, **utf8).communicate()
+    shown = rb"F\xfcchse \u732b caf\udce9"
+    assert out.splitlines()[0] == b"line 0 of a class named " + shown
+    assert err == b"-c: error: " + shown + b"\n"
+
+
+@pytest.mark.parametrize(
+    "encoding, name, shown",
+    [
+        ("ascii", "F\u00fcchse", rb"F\xfcchse"),
+        ("latin-1", "\u732b", rb"\u732b"),
+        ("cp932", "\u00fc", rb"\xfc"),
+        ("utf-8", "\u732b", "\u732b".encode()),
+        ("utf-8", os.fsdecode(b"caf\xe9"), rb"caf\udce9"),
+        ("ascii", os.fsdecode(b"caf\xe9"), rb"caf\udce9"),
+    ],
+)
+def test_names_that_cannot_be_spelled_are_escaped(encoding, name, shown):
+    inner = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    print(name, file=Patient(inner), flush=True)
+    assert inner.buffer.getvalue() == shown + b"\n"
+
+
+def test_a_notebook_s_stream_needs_no_reconfigure():
+    class Notebook:
+        def __init__(self):
+            self.written = []
+
+        def write(self, text):
+            self.written.append(text)
+            return len(text)
+
+        def flush(self):
+            pass
+
+    stream = Patient(Notebook())
+    print("\u732b", file=stream, flush=True)
+    assert "".join(stream.written) == "\u732b\n"
+
+
+def test_a_patient_stream_is_still_its_stream():
+    inner = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    stream = Patient(inner)
+    assert stream.encoding == "ascii" and not stream.isatty()
+    print("\udcff", file=stream, flush=True)
+    assert inner.buffer.getvalue() == b"\\udcff\n"
+
+
+# ---------------------------------------------------------------- files by name
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    for name in ("b/epoch1.pt", "a/epoch1.pt", "a/epoch2.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_patterns_are_spelled_out_in_order(place):
+    assert paths(["*/epoch1.pt"]) == ["a/epoch1.pt", "b/epoch1.pt"]
+    assert paths(["b/epoch1.pt", "a/epoch?.pt"]) == ["b/epoch1.pt", "a/epoch1.pt", "a/epoch2.pt"]
+    assert paths(["**/epoch[2].pt"]) == ["a/epoch2.pt"]
+
+
+def test_home_is_spelled_out(place):
+    assert paths(["~/a/epoch1.pt"]) == [f"{place}/a/epoch1.pt"]
+    assert paths(["~/*/epoch2.pt"]) == [f"{place}/a/epoch2.pt"]
+
+
+def test_what_matches_nothing_stays_as_it_is_to_be_named(place):
+    assert paths(["nowhere/*.pt", "c.pt"]) == ["nowhere/*.pt", "c.pt"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(place):
+    for name in ("photo[1].png", "photo1.png", "what?.png"):
+        (place / name).touch()
+    assert paths(["photo[1].png", "what?.png"]) == ["photo[1].png", "what?.png"]
+
+
+@pytest.mark.parametrize("flag, name", [("--data-dir", "data_dir"), ("--out", "out")])
+def test_home_is_spelled_out_in_flags(place, flag, name):
+    args = flags.parse("", train.RECIPE, [f"{flag}=~/x"])
+    assert getattr(args, name) == place / "x"
+
+
+def test_home_is_spelled_out_in_weights(place):
+    args = flags.parse("", train.RECIPE, ["--weights=~/x.pth"])
+    assert args.weights == str(place / "x.pth")
