@@ -119,7 +119,7 @@ def test_a_benchmark_that_is_stopped_keeps_what_it_has(quick, monkeypatch, tmp_p
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--epochs", "0"], "--epochs: must be a whole number"),
         (["--csv", "/proc/nothing/speed.csv"], "/proc/nothing"),
-        (["--weights", __file__], "test_study.py holds no state_dict"),
+        (["--weights", __file__], "test_study.py is damaged"),
     ],
 )
 def test_what_the_benchmark_refuses(quick, capsys, flags, culprit):
