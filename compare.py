@@ -47,6 +47,8 @@ def parse(argv: list[str] | None) -> Namespace:
     # fmt: on
     args = parser.parse_args(argv)
     args.checkpoints = paths(args.checkpoints)
+    if args.paired and len(args.checkpoints) < 2:
+        raise UserError("--paired takes two checkpoints or more")
     if not args.cka and (args.data_dir or args.device):
         raise UserError("--data-dir and --device are for --cka: nothing else is computed here")
     return args
@@ -67,9 +69,9 @@ def main(argv: list[str] | None = None) -> None:
         except UserError as error:  # said, and the others compared all the same
             print(f"compare.py: error: {error}", file=sys.stderr, flush=True)
             failed = True
-    report_pairs(args.paired, rows, runs)
     if args.csv and rows:
         write_csv(args.csv, rows[0], [row.values() for row in rows])
+    report_pairs(args.paired, rows, runs)
     if failed:
         sys.exit(2)
 

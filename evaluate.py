@@ -68,7 +68,10 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             rows.append(score_one(path, trained, load, args, header=not rows))
         except UserError as error:  # said, and the others scored all the same
-            complain(error if str(path) in str(error) else f"{path}: {error}")
+            about = str(error)
+            if str(path) not in about:
+                about = f"{path}: {about}"
+            complain(about)
             failed = True
     if args.csv and rows:
         write_csv(args.csv, rows[0], [row.values() for row in rows])

@@ -37,10 +37,11 @@ class Features:
         prefix: nn.Module,
         pixels: torch.Tensor,
         image_size: int,
-        device: torch.device,
+        device: torch.device | str,
         dtype: torch.dtype,
         mirrored: bool,
     ):
+        device = torch.device(device)
         self.prefix = prefix.to(device, dtype, memory_format=torch.channels_last)
         self.pixels, self.image_size, self.device, self.dtype = pixels, image_size, device, dtype
         self.chunk = 16  # images per pass: on a CPU little memory, used again and again, is best

@@ -136,9 +136,9 @@ def curves(runs: list[dict], title: str) -> "pyplot.Figure":
             axis.set_ylabel(f"{axis.get_ylabel()} (nats)")
     axes[0, 0].set_yscale("log")
     figure.suptitle(title, fontsize="medium")
-    columns = 3 if len(longest) <= 3 else 2
+    wide = 3 if len(longest) <= 3 else 2
     handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(*handles, loc="outside lower center", ncols=wide, frameon=False)
     return figure
 
 
@@ -180,7 +180,7 @@ def table(runs: list[dict], title: str) -> "pyplot.Figure":
 def sweep(runs: list[dict], column: str, name: str) -> "pyplot.Figure | None":
     """Accuracy by a number that was varied, all else equal: in the runs of that length and those
     other settings of which there are most kinds."""
-    rest = [name for name in SIZES if name != column]
+    rest = [size for size in SIZES if size != column]
     groups = by(runs, "epochs", *rest).values()
     runs = max(groups, key=lambda group: (len(by(group, "label", column)), -group[0]["epochs"]))
     ticks = sorted({run[column] for run in runs})

@@ -27,7 +27,7 @@ from data import Images, epoch_order
 from features import Features
 from plumbing import cache, datasets, flags, machine, terminal, weights
 from plumbing.command import command
-from plumbing.graph import Replayed
+from plumbing.graph import Replayed, capturable
 from plumbing.runs import Run
 from plumbing.scoring import predict, score
 from plumbing.settings import settings_of
@@ -39,10 +39,10 @@ RECIPE = {
     "dataset": "cifar10",  # mirrored at random in training, and nothing else
     "image_size": 224,
     "rates": freeze.LEARNING_RATES,  # fc 1e-3, layer4 1e-4, layer3 1e-5, constant
-    "batch_size": 128,  # not stated there
+    "batch_size": 128,  # the one line that the publication does not state
     "epochs": [10],
 }
-OPTIMIZER = functools.partial(torch.optim.Adam, fused=True)
+OPTIMIZER = functools.partial(torch.optim.Adam, fused=True)  # or (torch.optim.SGD, momentum=0.9)
 LOSS = F.cross_entropy
 
 
@@ -114,14 +114,15 @@ def fine_tune(
     drift = freeze.Drift(model, args.unfreeze[:-1])  # away from the pretrained weights
 
     # Adam, and a step of it. What a stopped run had reached is put back.
-    optimizer = OPTIMIZER(freeze.param_groups(model, args.rates), capturable=device.type == "cuda")
+    optimizer = OPTIMIZER(freeze.param_groups(model, args.rates))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     autocast = machine.autocast(device, args.precision)
     learns = {"tail": tail, "optimizer": optimizer, "scaler": scaler, "autocast": autocast}
     step = functools.partial(train_step, **learns)
-    if device.type == "cuda":  # hundreds of small launches, recorded and replayed as one
-        step = Replayed(step)
     run.restore(model, optimizer, scaler)
+    if device.type == "cuda":  # hundreds of small launches, recorded and replayed as one
+        capturable(optimizer)
+        step = Replayed(step)
 
     # Train, test, keep. The order and the flips of an epoch come from the seed and its number.
     for epoch in run.epochs():

@@ -117,7 +117,9 @@ def fill(features: Features, place: str, device: torch.device, folder: Path) -> 
         return 0
     if place == "disk":
         return fill_file(features, folder)
-    features.fill(device if place == "device" else torch.device("cpu"), reporter("filling"))
+    if place == "host":
+        device = torch.device("cpu")
+    features.fill(device, reporter("filling"))
     progress()
     return len(features.store)
 

@@ -13,6 +13,7 @@ from torchvision.datasets.utils import check_integrity
 
 from data import CIFAR, Images, UserError, cifar, stratified_subset
 from plumbing import drawn, pictures
+from plumbing.cache import fingerprint
 from plumbing.files import locked
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic")
@@ -62,19 +63,28 @@ def load_both(args: Namespace) -> tuple[Images, Images]:
     test = load(args.dataset, "test", *where, *same)
     if args.dataset == "folder" and (twice := pictures.in_both(train, test)):
         count = f"{twice:,} of the {len(test.labels):,} test pictures"
-        print(f"warning: {count} are training pictures too: the accuracy means less", flush=True)
+        print(
+            f"warning: {count} are training pictures too: it tells little about others", flush=True
+        )
+    if untested := [train.classes[i] for i in count_of(test).eq(0).nonzero().flatten()]:
+        print(f"warning: no test pictures of {', '.join(untested[:10])}", flush=True)
     if len(train.classes) < 2:
         only = f"{args.data_dir} holds one class, {train.classes[0]}"
         raise UserError(f"{only}: telling classes apart takes two")
     args.train_images = len(train.labels)
     layer4_learns = "layer4" in args.unfreeze or args.frozen_batchnorm == "train"
     last_batch = len(train.labels) % args.batch_size
-    if last_batch == 1 and args.image_size == 32 and layer4_learns:
+    if 1 in (last_batch, args.batch_size) and args.image_size == 32 and layer4_learns:
         raise UserError(
             f"--batch-size {args.batch_size} leaves a batch of one of the {len(train.labels)} "
             "images, from which layer4's BatchNorm cannot learn at --image-size 32: change either"
         )
     return train, test
+
+
+def count_of(images: Images) -> torch.Tensor:
+    """How many images there are of each class, int64 [classes]."""
+    return torch.bincount(images.labels, minlength=len(images.classes))
 
 
 class Once:
@@ -93,6 +103,8 @@ class Once:
         key += facts["test_share"], facts["picture_size"]
         if key != self.key:
             self.images, self.key = load(*key), key
+        if fingerprint(self.images.pixels, self.images.labels) != settings["test_data"]:
+            print("warning: these are not the test pictures that the run was tested on", flush=True)
         return self.images
 
 

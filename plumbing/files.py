@@ -74,10 +74,11 @@ def locked(out: Path, name: str, wait: bool = False) -> Iterator[None]:
     filelock leaves the lock's file behind, so that lies in out/.locks. wait: until it is free.
     Raises UserError."""
     file = out / ".locks" / f"{name}.lock"
-    lock = FileLock(file)
+    patience = -1 if wait else 0
+    lock = FileLock(file, timeout=patience)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=-1 if wait else 0)
+        lock.acquire()
     except Timeout:
         busy = f"another run is writing to {out / name}"
         raise UserError(f"{busy}: wait for its end, or choose another --out") from None

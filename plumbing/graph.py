@@ -8,8 +8,8 @@ step of fc+layer4 takes 1.1 ms in place of 4.1, of fc+layer3+layer4 2.3 in place
     for x, y in batches:
         total += step(x, y)
 
-The step must not wait for the device (no item(), no print of a tensor), and its Adam needs
-capturable=True. (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
+The step must not wait for the device (no item(), no print of a tensor), and its optimizer goes
+through capturable() first. (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
 
 Imports torch only: copy it into yours.
 """
@@ -19,6 +19,14 @@ from collections.abc import Callable
 import torch
 
 WARM_UP = 3  # ordinary steps first, in which libraries choose their kernels and Adam its state
+
+
+def capturable(optimizer: torch.optim.Optimizer) -> None:
+    """Has an optimizer count its steps on the GPU, if it counts them (Adam does, SGD does not);
+    also one whose state was saved on a CPU."""
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = True
 
 
 class Replayed:

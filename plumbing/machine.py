@@ -89,7 +89,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def tune(device: torch.device) -> None:
-    """Settings of libraries that change the speed and not the results.
+    """Settings of libraries that change the speed and not the results; and which GPU is meant.
 
     glibc: keep the memory that PyTorch frees. Left alone it returns big blocks to the kernel and
     gets them back page by page, zeroed, for each layer's output in each step. Without that the
@@ -97,7 +97,8 @@ def tune(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        torch.cuda.set_device(device)
+        if device.index is not None:  # cuda:1; plain cuda is the current one already
+            torch.cuda.set_device(device)
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another system, another libc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
@@ -136,7 +137,7 @@ def free_memory(place: str, device: torch.device, folder: Path) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     estimates = []
     for ask in (available, half_of_all, group_limit):
-        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, StopIteration):
             estimates.append(ask())
     known = [estimate for estimate in estimates if estimate is not None]
     return min(known, default=None)

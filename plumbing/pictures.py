@@ -134,7 +134,7 @@ def pictures_in(path: Path) -> tuple[tuple[str, ...], list[Path]]:
         raise UserError(f"{path}: no pictures of {', '.join(empty)} (read: {READ})")
     if left_out:
         told = ", ".join(f"{count} {what}" for what, count in left_out.most_common(NAMED))
-        print(f"left out of {path}: {told}", flush=True)
+        say_once(f"left out of {path}: {told}")
     return tuple(names), files
 
 

@@ -30,6 +30,11 @@ from plumbing.machine import device_name, memory_is_full
 from plumbing.settings import Settings
 
 RARELY = 20  # times its own duration: how long after a checkpoint the next unasked one may come
+HASHES = {  # what a setting that is a hash stands for
+    "train_data": "training pictures",
+    "test_data": "test pictures",
+    "initial_network": "initial weights",
+}
 NEEDED = {"settings", "facts", "history", "model", "seconds", "test_correct"}
 
 
@@ -87,9 +92,12 @@ class Run:
         """Raises UserError if the checkpoint in `file` is of a run with other settings."""
         for name, value in asdict(self.settings).items():
             if before.get(name) != value:
+                differs = f"was trained with {name} {before.get(name)}, not {value}"
+                if name in HASHES:
+                    differs = f"was trained with other {HASHES[name]}"
                 raise UserError(
-                    f"{file} was trained with {name} {before.get(name)}, not {value}: "
-                    f"go on as it began, use another --out, or delete {self.folder}"
+                    f"{file} {differs}: go on as it began, use another --out, or delete "
+                    f"{self.folder}"
                 )
 
     def restore(

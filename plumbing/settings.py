@@ -67,9 +67,11 @@ def strategy_rates(strategy: str, rates: dict[str, float]) -> str:
 
 def settings_of(args: Namespace, train: Images, test: Images, model: nn.Module) -> Settings:
     """The settings of the run that train.py's flags ask for. model: before any training."""
-    strategy = strategy_of(args.unfreeze)
+    strategy, dataset = strategy_of(args.unfreeze), args.dataset
+    if dataset == "folder":
+        dataset = args.data_dir.name
     return Settings(
-        dataset=args.data_dir.name if args.dataset == "folder" else args.dataset,
+        dataset=dataset,
         strategy=strategy,
         model=args.model,
         weights=weights.name_of(args.weights),

@@ -64,7 +64,7 @@ def print_setup(
     print_stages(model, args.rates, args.frozen_batchnorm == "train")
     no_cuda = ""
     if args.device == "auto" and device.type != "cuda":
-        no_cuda = ", no CUDA device that works"
+        no_cuda = ", no CUDA GPU"
     print(f"device   {device_name(device)}, {args.precision}{no_cuda}", flush=True)
 
 

@@ -13,6 +13,7 @@ from torchvision.models import get_model, get_model_weights
 
 from data import UserError
 from plumbing.datasets import download
+from plumbing.files import locked
 from plumbing.machine import memory_is_full
 
 WRAPPINGS = ("state_dict", "model", "model_state_dict", "model_state", "net", "weights")
@@ -121,7 +122,9 @@ def imagenet_file(model: str) -> Path:
     if not file.exists():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            download(url, file, sha256=expected)
+            with locked(file.parent, file.stem, wait=True):
+                if not file.exists():  # another run may have fetched it meanwhile
+                    download(url, file, sha256=expected)
         except (OSError, ValueError, HTTPException, UserError) as error:
             what = f"could not download the ImageNet weights ({error})"
             raise UserError(f"{what}: {by_hand}") from error

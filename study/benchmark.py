@@ -21,6 +21,7 @@ Also takes train.py's --dataset, --data-dir, --weights, --model, --image-size,
 import contextlib
 import io
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -83,7 +84,7 @@ def run_ours(root: Path, strategy: str, args: Namespace, cache: str) -> dict:
         words += [f"--{name.replace('_', '-')}", getattr(args, name)]
     with contextlib.redirect_stdout(io.StringIO()):
         train.main([str(word) for word in words])
-    (file,) = out.glob(f"*-{strategy}-*/epoch{args.measured}.pt")
+    file = max(out.glob(f"*-{strategy}-*/epoch{args.measured}.pt"), key=os.path.getmtime)
     saved = read_checkpoint(file)
     fill = saved["facts"]["fill_seconds"]
     if cache == "off":
@@ -96,7 +97,7 @@ def figures(history: list[dict], fill_seconds: float, device: torch.device) -> d
     tests = [row["seconds"] - row["train_seconds"] for row in history]
     device_bytes = 0
     if device.type == "cuda":
-        device_bytes = torch.cuda.max_memory_allocated()
+        device_bytes = torch.cuda.max_memory_allocated(device)
     return {
         "fill_seconds": fill_seconds,
         "seconds_per_epoch": statistics.median(row["train_seconds"] for row in history),
@@ -147,7 +148,7 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
         start = time.monotonic()
         function()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times.append(time.monotonic() - start)
     return statistics.median(times[1:])
 

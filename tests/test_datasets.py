@@ -4,7 +4,6 @@ import os
 import socket
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from test_data import little_cifar, planes
 from torchvision import datasets as torchvision_s
 
 from data import CIFAR, UserError
-from plumbing import datasets
+from plumbing import datasets, drawn
+from plumbing.cache import fingerprint
 
 ARCHIVE = "cifar-10-python.tar.gz"
 UNPACKED = {f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)}
@@ -158,22 +158,35 @@ def test_what_is_written_when_a_download_is_interrupted_is_removed(source, tmp_p
 # ---------------------------------------------------------------- both splits, and the next ones
 
 
-def test_the_last_test_set_is_kept_for_the_next_checkpoint(monkeypatch, tmp_path):
+def test_the_last_test_set_is_kept_for_the_next_checkpoint(monkeypatch, tmp_path, capsys):
     asked = []
 
     def loaded(*key):
         asked.append(key)
-        return SimpleNamespace(key=key)
+        return drawn.synthetic("test")
 
     monkeypatch.setattr(datasets, "load", loaded)
     once = datasets.Once()
     facts = {"dataset": "folder", "data_dir": str(tmp_path)}
     facts |= {"test_share": 0.2, "picture_size": [32, 32]}
-    one = {"facts": facts, "settings": {"image_size": 64, "classes": ("a", "b")}}
-    other = {"facts": facts, "settings": {"image_size": 96, "classes": ("a", "b")}}
+    images = drawn.synthetic("test")
+    settings = {"classes": ("a", "b"), "test_data": fingerprint(images.pixels, images.labels)}
+    one = {"facts": facts, "settings": settings | {"image_size": 64}}
+    other = {"facts": facts, "settings": settings | {"image_size": 96}}
     assert once.test_set(one) is once.test_set(one)
-    assert once.test_set(other) is not once.test_set(one)
+    once.test_set(other)
+    once.test_set(one)
+    assert "warning" not in capsys.readouterr().out
     once.test_set(one, tmp_path / "moved")
     sizes = [key[3] for key in asked]
     assert sizes == [64, 96, 64, 64] and asked[-1][2] == tmp_path / "moved"
     assert asked[0] == ("folder", "test", tmp_path, 64, ("a", "b"), 0.2, [32, 32])
+
+
+def test_other_test_pictures_than_the_run_s_own_are_said_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(datasets, "load", lambda *_: drawn.synthetic("test"))
+    facts = {"dataset": "folder", "data_dir": str(tmp_path), "test_share": None}
+    facts["picture_size"] = [32, 32]
+    settings = {"image_size": 64, "classes": ("a", "b"), "test_data": "other pictures"}
+    datasets.Once().test_set({"facts": facts, "settings": settings})
+    assert "not the test pictures that the run was tested on" in capsys.readouterr().out

@@ -77,3 +77,13 @@ def test_the_layout_of_the_inputs_is_kept(recorder):
     step = graph.Replayed(recorder.step)
     step(torch.rand(2, 4, 5, 6).to(memory_format=torch.channels_last), torch.ones(2))
     assert step.inputs[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_optimizer_is_made_ready_for_the_graph_whatever_it_is():
+    """A state that a CPU kept says capturable=False, without which no graph is recorded."""
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    adam, sgd = torch.optim.Adam(weights), torch.optim.SGD(weights)
+    for optimizer in (adam, sgd):
+        graph.capturable(optimizer)
+    assert adam.param_groups[0]["capturable"] is True
+    assert "capturable" not in sgd.param_groups[0]

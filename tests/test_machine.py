@@ -100,6 +100,8 @@ def test_tuning_makes_the_card_that_was_asked_for_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     machine.tune(torch.device("cuda", 1))
     assert chosen == [torch.device("cuda", 1)] and torch.backends.cudnn.benchmark
+    machine.tune(torch.device("cuda"))  # torch refuses a device without a number
+    assert chosen == [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize(

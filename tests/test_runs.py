@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import multiprocessing
 import os
 import random
@@ -391,13 +392,13 @@ def test_another_run_of_the_same_name_is_not_resumed_nor_replaced(
     train_images, test_images = synthetic("train"), synthetic("test")
     pixels = test_images.pixels.clone()
     pixels[-1, -1, -1, -1] ^= 1
-    refused_with("test", "test_data ", pixels=pixels)
-    refused_with("train", "train_data ", pixels=train_images.pixels ^ 1)
-    refused_with("test", "test_data ", labels=test_images.labels.roll(1))
+    refused_with("test", "other test pictures", pixels=pixels)
+    refused_with("train", "other training pictures", pixels=train_images.pixels ^ 1)
+    refused_with("test", "other test pictures", labels=test_images.labels.roll(1))
     refused_with("train", "classes ", classes=("other", *train_images.classes[1:]))
     torch.save(freeze.build("resnet18", 10, seed=2).state_dict(), tmp_path / "start.pth")
-    refused("initial_network ", *resuming)
-    refused("initial_network ", "--epochs", "1", "2", *resuming)
+    refused("other initial weights", *resuming)
+    refused("other initial weights", "--epochs", "1", "2", *resuming)
 
 
 class Malicious:
@@ -739,3 +740,10 @@ def test_an_error_in_the_middle_of_the_fill_is_a_traceback(monkeypatch, tmp_path
     for error in OURS[:2]:
         raises(error, lambda: train.main([*flags, "host"]))
         raises(error, lambda: train.main([*flags, "disk"]))
+
+
+def test_another_optimizer_takes_one_line_of_the_recipe(run, monkeypatch):
+    monkeypatch.setattr(train, "OPTIMIZER", functools.partial(torch.optim.SGD, momentum=0.9))
+    folder = run("--epochs", "1")
+    saved = torch.load(folder / "epoch1.pt", weights_only=True)["optimizer"]
+    assert saved["param_groups"][0]["momentum"] == 0.9
