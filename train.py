@@ -133,8 +133,8 @@ def fine_tune(
         targets = labels[order.to(device)].split(args.batch_size)
         trained = train_epoch(step, batches, targets, terminal.reporter(f"epoch {epoch}, step"))
         between = time.monotonic()
-        terminal.progress(f"epoch {epoch}: testing")
-        logits = predict(tail, test_inputs.batches(128), device, args.precision)
+        batches = terminal.watched(test_inputs.batches(128), f"epoch {epoch}: testing")
+        logits = predict(tail, batches, device, args.precision)
         tested = score(logits, test_labels)
         times = time.monotonic() - start, between - start
         run.keep(epoch, trained, tested, times, drift.now(), logits.argmax(1) == test_labels)

@@ -5,7 +5,7 @@ import sys
 import textwrap
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -48,6 +48,13 @@ def reporter(what: str) -> Callable[[int, int], None]:
         progress(f"{what}: {done:,} of {total:,}, {rate:,.0f} a second, {left / 60:.0f} min left")
 
     return report
+
+
+def watched(batches: Iterable[torch.Tensor], what: str) -> Iterator[torch.Tensor]:
+    """The batches as they are, with progress."""
+    for number, batch in enumerate(batches, start=1):
+        progress(f"{what}, batch {number}")
+        yield batch
 
 
 def print_setup(

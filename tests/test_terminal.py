@@ -122,3 +122,10 @@ def test_every_stage_is_told_with_its_rate_or_as_frozen(capsys, mistake):
     assert told["layer4"] == ["8,393,728", "learns at 0.0001"]
     assert told["fc"] == ["5,130", "learns at 0.001"]
     assert told["stem"] == ["9,536", frozen] and told["layer3"][1] == frozen
+
+
+def test_what_is_watched_comes_through_as_it_is(monkeypatch):
+    shown = []
+    monkeypatch.setattr(terminal, "progress", shown.append)
+    assert list(terminal.watched(["one", "two"], "epoch 3: testing")) == ["one", "two"]
+    assert shown == ["epoch 3: testing, batch 1", "epoch 3: testing, batch 2"]
