@@ -27,6 +27,7 @@ from plumbing.files import check_writable, write_csv
 from plumbing.flags import folder, output
 from plumbing.runs import read_checkpoint, summary_row
 from plumbing.scoring import Loaded, prepared
+from plumbing.terminal import print_row
 
 PAIRED = ("run", "epochs", "other", "other_epochs", "difference", "standard_error")
 PAIRED += ("only_run_right", "only_other_right", "test_images")
@@ -80,12 +81,7 @@ def report(path: str, checkpoint: dict, header: bool) -> dict:
     """Print a checkpoint's line of the table, and give its row of the CSV."""
     last = checkpoint["history"][-1]
     row = summary_row(path, checkpoint, last["test_loss"], last["test_accuracy"])
-    if header:
-        print("train loss  test loss   accuracy  images  epochs  run")
-    print(
-        f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%} "
-        f"{row['test_images']:7,} {row['epochs']:7}  {row['run']}"
-    )
+    print_row(row, header)
     return row
 
 

@@ -25,6 +25,7 @@ from plumbing.flags import folder, output
 from plumbing.pictures import BILINEAR, read_image
 from plumbing.runs import read_checkpoint, summary_row
 from plumbing.scoring import Loaded, predict, prepared, score
+from plumbing.terminal import print_row
 
 MISTAKES = 12  # the most confident ones, which --per-class keeps as pictures
 
@@ -89,13 +90,7 @@ def score_one(
     logits = predict(trained.model, batches, trained.device, trained.precision).cpu()
     row = summary_row(path, trained.checkpoint, *score(logits, images.labels))
     row["test_images"] = len(images.labels)
-    if header:
-        print("train loss  test loss   accuracy  images  epochs  run")
-    print(
-        f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%} "
-        f"{row['test_images']:7,} {row['epochs']:7}  {row['run']}",
-        flush=True,
-    )
+    print_row(row, header)
     if args.per_class:
         report_classes(Path(path), logits, images)
     return row

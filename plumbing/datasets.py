@@ -45,8 +45,12 @@ def load(
         return drawn.synthetic(split)
     if name == "folder":
         return pictures.folder(data_dir, split, image_size, classes, test_share, size)
-    fetch(name, data_dir)
-    return cifar(data_dir, name, split == "train", download=True)  # which checks and unpacks
+    try:
+        return cifar(data_dir, name, split == "train", download=False)  # which checks the md5
+    except RuntimeError:  # torchvision's word for not there, or damaged
+        fetch(name, data_dir)
+    with locked(data_dir, CIFAR[name].filename, wait=True):  # one process at a time unpacks
+        return cifar(data_dir, name, split == "train", download=True)
 
 
 def load_both(args: Namespace) -> tuple[Images, Images]:
@@ -66,7 +70,8 @@ def load_both(args: Namespace) -> tuple[Images, Images]:
         print(
             f"warning: {count} are training pictures too: it tells little about others", flush=True
         )
-    if untested := [train.classes[i] for i in count_of(test).eq(0).nonzero().flatten()]:
+    tested = set(test.labels.tolist())
+    if untested := [name for i, name in enumerate(train.classes) if i not in tested]:
         print(f"warning: no test pictures of {', '.join(untested[:10])}", flush=True)
     if len(train.classes) < 2:
         only = f"{args.data_dir} holds one class, {train.classes[0]}"
@@ -82,16 +87,11 @@ def load_both(args: Namespace) -> tuple[Images, Images]:
     return train, test
 
 
-def count_of(images: Images) -> torch.Tensor:
-    """How many images there are of each class, int64 [classes]."""
-    return torch.bincount(images.labels, minlength=len(images.classes))
-
-
 class Once:
     """Loads a checkpoint's test set, and keeps the last one for the next checkpoint."""
 
     def __init__(self):
-        self.key, self.images = None, None
+        self.key, self.images, self.hash = None, None, None
 
     def test_set(self, checkpoint: dict, data_dir: Path | None = None) -> Images:
         """data_dir: where the data set is now, if not where it was. Raises UserError."""
@@ -103,18 +103,17 @@ class Once:
         key += facts["test_share"], facts["picture_size"]
         if key != self.key:
             self.images, self.key = load(*key), key
-        if fingerprint(self.images.pixels, self.images.labels) != settings["test_data"]:
+            self.hash = fingerprint(self.images.pixels, self.images.labels)
+        if self.hash != settings["test_data"]:
             print("warning: these are not the test pictures that the run was tested on", flush=True)
         return self.images
 
 
 def fetch(name: str, data_dir: Path) -> None:
-    """The archive of a CIFAR data set in data_dir, with the published md5, if neither it nor what
-    it holds is there. Raises UserError naming every source that failed and what to do by hand."""
+    """The archive of a CIFAR data set in data_dir, with the published md5, downloaded if it is not
+    there. Raises UserError naming every source that failed and what to do by hand."""
     dataset = CIFAR[name]
     archive = data_dir / dataset.filename
-    if unpacked(name, data_dir):  # the folder may be one that is only to be read
-        return
     there = pictures.inside(data_dir) if data_dir.is_dir() else []
     if pictures.called(pictures.SPLITS["train"], there):
         meant = f"{data_dir} holds pictures to train on"
@@ -125,27 +124,23 @@ def fetch(name: str, data_dir: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot write to --data-dir {data_dir} ({error.strerror})") from error
     with locked(data_dir, dataset.filename, wait=True):
-        if check_integrity(archive, dataset.tgz_md5):
-            return
-        failures = []
-        for url in [*MIRRORS.get(name, []), dataset.url]:
-            try:
-                return download(url, archive, md5=dataset.tgz_md5)
-            except (OSError, ValueError, HTTPException, UserError) as error:
-                failures.append(f"{url}: {error}")
+        if not check_integrity(archive, dataset.tgz_md5):
+            download_from([*MIRRORS.get(name, []), dataset.url], archive, dataset.tgz_md5)
+
+
+def download_from(urls: list[str], archive: Path, md5: str) -> None:
+    """The archive from the first source that delivers the published bytes."""
+    failures = []
+    for url in urls:
+        try:
+            return download(url, archive, md5=md5)
+        except (OSError, ValueError, HTTPException, UserError) as error:
+            failures.append(f"{url}: {error}")
     raise UserError(
         f"could not download {archive.name} ({'; '.join(failures)}). Put that file (md5 "
-        f"{dataset.tgz_md5}) into {data_dir.resolve()} by hand, or use --dataset synthetic, "
+        f"{md5}) into {archive.parent.resolve()} by hand, or use --dataset synthetic, "
         "which needs no files"
     )
-
-
-def unpacked(name: str, data_dir: Path) -> bool:
-    """Whether all files of a CIFAR data set are there with their published md5."""
-    dataset = CIFAR[name]
-    members = [*dataset.train_list, *dataset.test_list]
-    folder = data_dir / dataset.base_folder
-    return all(check_integrity(folder / file, md5) for file, md5 in members)
 
 
 def download(url: str, file: Path, md5: str | None = None, sha256: str | None = None) -> None:

@@ -116,3 +116,14 @@ def print_epoch(row: dict, last: int) -> None:
         f"{row['test_loss']:11.4f} {row['test_accuracy']:9.2%} {row['seconds']:9.1f}",
         flush=True,
     )
+
+
+def print_row(row: dict, header: bool) -> None:
+    """A row of summary.csv, for evaluate.py and compare.py."""
+    if header:
+        print("train loss  test loss   accuracy  images  epochs  run")
+    print(
+        f"{row['train_loss']:10.4f} {row['test_loss']:10.4f} {row['test_accuracy']:10.2%} "
+        f"{row['test_images']:7,} {row['epochs']:7}  {row['run']}",
+        flush=True,
+    )

@@ -100,6 +100,16 @@ def run(tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run of two lengths, never written to by the tests."""
+    out = tmp_path_factory.mktemp("finished")
+    asked = ["--unfreeze", "layer4", "--lr", "layer4=1e-3", "--epochs", "1", "2"]
+    train.main([*SMALL, *asked, "--out", str(out)])
+    (file,) = out.glob("*/history.csv")
+    return file.parent
+
+
 def rows(file: Path) -> list[dict[str, str]]:
     with open(file, newline="", encoding="utf-8") as opened:
         return list(csv.DictReader(opened))

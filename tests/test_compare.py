@@ -4,27 +4,16 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL, checkpoint, complaint, history, rows
+from conftest import checkpoint, complaint, history, rows
 
 import compare
 import data
 import evaluate
 import freeze
-import train
 from plumbing import drawn
 from plumbing.scoring import Loaded
 
 NAMES = ["train", "loss", "test", "loss", "accuracy", "images", "epochs", "run"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a finished run of two lengths, never written to by the tests."""
-    out = tmp_path_factory.mktemp("finished")
-    asked = ["--unfreeze", "layer4", "--lr", "layer4=1e-3", "--epochs", "1", "2"]
-    train.main([*SMALL, *asked, "--out", str(out)])
-    (file,) = out.glob("*/history.csv")
-    return file.parent
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,6 @@ CLASSES = drawn.synthetic("train").classes
 TINY = ("--image-size", "32", "--epochs", "1")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a finished run of two lengths, never written to by the tests."""
-    out = tmp_path_factory.mktemp("finished")
-    asked = ["--unfreeze", "layer4", "--lr", "layer4=1e-3", "--epochs", "1", "2"]
-    train.main([*SMALL, *asked, "--out", str(out)])
-    (file,) = out.glob("*/history.csv")
-    return file.parent
-
-
 def parse(*words: str):
     return flags.parse("", train.RECIPE, list(words))
 
