@@ -21,9 +21,8 @@ from torch import nn
 import freeze
 from data import UserError
 from plumbing import datasets, machine, weights
-from plumbing.cache import fingerprint
 from plumbing.command import Parser, command, paths
-from plumbing.files import check_writable, write_csv
+from plumbing.files import check_writable, fingerprint, write_csv
 from plumbing.flags import folder, output
 from plumbing.runs import read_checkpoint, summary_row
 from plumbing.scoring import Loaded, prepared

@@ -84,12 +84,14 @@ class Features:
     @torch.no_grad()
     def compute(self, rows: torch.Tensor) -> torch.Tensor:
         """These rows of the store, int64 [B], computed: [B, H, W, C]."""
-        parts = []
+        count, parts = len(rows), []
+        if self.device.type == "cuda":  # cuDNN searches anew for every size: let there be 8 of them
+            rows = torch.cat([rows, rows[:1].expand(-count % 32)])
         for some in rows.to(self.pixels.device).split(self.chunk):
             pixels = self.pixels.index_select(0, some % len(self)).to(self.device)
             flips = (some >= len(self)).to(self.device)
             parts.append(self.prefix(transform(pixels, self.image_size, self.dtype, flips)))
-        return torch.cat(parts).permute(0, 2, 3, 1)
+        return torch.cat(parts)[:count].permute(0, 2, 3, 1)
 
     def copy_to_gpu(self, rows: torch.Tensor) -> torch.Tensor:
         """These rows out of the host's memory, gathered into page-locked memory, from which the

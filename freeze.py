@@ -95,7 +95,7 @@ def split(model: ResNet, first: str) -> tuple[nn.Module, nn.Module]:
     *backbone, fc = stages(model).values()
     cut = STAGES.index(first)
     prefix = nn.Sequential(*backbone[:cut])
-    tail = nn.Sequential(*backbone[cut:], model.avgpool, nn.Flatten(), fc)
+    tail = nn.Sequential(*backbone[cut:], Average(), fc)
     if first == "fc":  # one number a channel is to be kept; averaging it again changes nothing
         prefix.append(model.avgpool)
     prefix = copy.deepcopy(prefix).eval().requires_grad_(False)
@@ -111,6 +111,14 @@ def absorb_batchnorm(parent: nn.Module) -> None:
         if isinstance(child, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
             setattr(parent, name, fuse_conv_bn_eval(child, following))
             setattr(parent, next_name, nn.Identity())
+
+
+class Average(nn.Module):
+    """The model's avgpool and flatten: [B, C, H, W] to [B, C]. Written so that its gradient is in
+    channels_last memory like all around it (avgpool's is not, and costs 3% of a step on a CPU)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
 
 
 class Drift:

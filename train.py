@@ -27,6 +27,7 @@ from data import Images, epoch_order
 from features import Features
 from plumbing import cache, datasets, flags, machine, terminal, weights
 from plumbing.command import command
+from plumbing.convolution import faster
 from plumbing.graph import Replayed, capturable
 from plumbing.runs import Run
 from plumbing.scoring import predict, score
@@ -95,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     train, test = datasets.load_both(args)
     state = weights.load(args.weights, args.model)
     model = freeze.build(args.model, len(train.classes), state, args.seed).to(device)
+    faster(model)  # its convolutions, on a CPU
 
     # The run's folder, which knows how far the run has come.
     with Run(args, settings_of(args, train, test, model)) as run:
@@ -154,7 +156,8 @@ def freeze_and_fill(
     test_inputs = Features(prefix, test.pixels, *where, mirrored=False)
     terminal.print_setup(run.folder, model, train, test, args, device)
     folder = args.out / "features"
-    run.fill_seconds = cache.keep([inputs, test_inputs], args.cache, device, folder)
+    both = [inputs, test_inputs]
+    inputs, test_inputs, run.fill_seconds = cache.keep(both, args.cache, device, folder)
     return tail, inputs, test_inputs
 
 

@@ -1,13 +1,12 @@
 """Where features are kept: on the device, on the host, in a file, or nowhere.
 
-    seconds = keep([inputs, test_inputs], "auto", device, folder)
+    inputs, test_inputs, seconds = keep([inputs, test_inputs], "auto", device, folder)
 
-A place that is too small in spite of the estimate is given up for the next one.
+What does not fit in one place is split over several. A place that is too small in spite of the
+estimate is given up for the next one.
 """
 
-import contextlib
-import hashlib
-import os
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,64 +15,71 @@ import torch
 
 from data import UserError
 from features import Features
-from plumbing.files import locked, remove_leftovers, whole_file
+from plumbing.disk import file_of, fill_file, remove_dead_parts
 from plumbing.machine import free_memory, memory_is_full
+from plumbing.split import Joined, joined, piece
 from plumbing.terminal import progress, reporter
 
 PLACES = ("auto", "device", "host", "disk", "off")
+WORDS = {"device": "in device memory", "host": "in host memory", "off": "computed in every epoch"}
 ROOM = 2 * 2**30  # bytes left free for training beside the features
 
 
-def keep(features: Sequence[Features], wanted: str, device: torch.device, folder: Path) -> float:
-    """Choose a place for these features, fill it, and say so. wanted: one of PLACES. Returns the
-    seconds that it took. Raises UserError."""
-    place, why = choose(wanted, features, device, folder)
+def keep(
+    features: Sequence[Features], wanted: str, device: torch.device, folder: Path
+) -> tuple[Features | Joined | float, ...]:
+    """Choose places for these features, fill them, and say so. wanted: one of PLACES. Returns the
+    features, now to be looked up, and the seconds that it took. Raises UserError."""
+    shares, why = choose(wanted, features, device, folder)
     print(f"cache    {why}", flush=True)
     start = time.monotonic()
-    place, computed = fill_all(features, place, device, folder)
+    features, computed = fill_all(features, shares, device, folder)
     seconds = time.monotonic() - start
     if computed:
         print(f"         filled in {seconds:.1f} s, {computed / seconds:,.0f} images/s", flush=True)
-    if place == "disk":
+    if "disk" in shares:
         whose = "kept for later runs" if computed else "computed by an earlier run"
         print(f"         {whose}; to delete: rm -r {folder}")
-    return seconds
+    return *features, seconds
 
 
 def choose(
-    wanted: str, features: Sequence[Features], device: torch.device, folder: Path
-) -> tuple[str, str]:
-    """Where to keep these features, and the reason in words: "auto" takes a CUDA device where
-    they fit beside ROOM for training, then the host's memory, then "off"; "disk", in `folder`,
-    is for who asks for it, since it stays. Raises UserError when a place that was asked for
-    cannot hold them."""
+    wanted: str,
+    features: Sequence[Features],
+    device: torch.device,
+    folder: Path,
+    places: Sequence[str] = ("device", "host"),
+) -> tuple[dict[str, list[int]], str]:
+    """Where to keep these features: by place, how many images of each; and the reason in words.
+    "auto" takes of `places` as many as fit beside ROOM for training, on a CUDA device first, and
+    leaves the rest "off"; "disk", in `folder`, is for who asks for it, since it stays. Raises
+    UserError when a place that was asked for cannot hold them all."""
     need = sum(feature.bytes for feature in features)
+    everything = [len(feature) for feature in features]
     text = f"{need / 1e9:.2f} GB of features"
     if wanted == "off":
-        return "off", f"off as asked, {text} recomputed in every epoch"
-    if wanted == "auto" and not len(features[0].prefix):
-        return "off", "off, no stage whose output stays the same"
+        return {"off": everything}, f"off as asked, {text} recomputed in every epoch"
+    if wanted == "auto":
+        if not len(features[0].prefix):
+            return {"off": everything}, "off, no stage whose output stays the same"
+        return share(
+            features, [p for p in places if p != "device" or device.type == "cuda"], device
+        )
     if wanted == "disk":
         remove_dead_parts(folder)
         need = sum(feature.bytes for feature in features if not file_of(feature, folder).exists())
-    places = [wanted]
-    if wanted == "auto":
-        places = ["device", "host"] if device.type == "cuda" else ["host"]
-    where = {"device": "in device memory", "host": "in host memory", "disk": f"in {folder}"}
-    found = []
-    for place in places:
-        free = free_memory(place, device, folder)
-        if free is None:
-            return place, f"{text} {where[place]}, how much is free is not known"
-        if need + room(place, need) <= free:
-            return place, f"{text} {where[place]}, {free / 1e9:.1f} GB were free"
-        found.append(f"{free / 1e9:.1f} GB free {where[place]}")
-    spare = f"{room(places[-1], need) / 1e9:.1f} GB to spare"
-    shortage = f"{text} and {spare} do not fit ({', '.join(found)})"
-    if wanted != "auto":
-        remedy = "try --cache off, --train-size or a smaller --image-size"
-        raise UserError(f"--cache {wanted}: {shortage}; {remedy}")
-    return "off", f"off, {shortage}; --cache disk takes a file"
+    where = WORDS.get(wanted, f"in {folder}")
+    free = free_memory(wanted, device, folder)
+    if free is None:
+        return {wanted: everything}, f"{text} {where}, how much is free is not known"
+    spare = room(wanted, need)
+    if need + spare > free:
+        raise UserError(
+            f"--cache {wanted}: {text} and {spare / 1e9:.1f} GB to spare do not fit "
+            f"({free / 1e9:.1f} GB free {where}); try --cache auto, --train-size or a smaller "
+            f"--image-size"
+        )
+    return {wanted: everything}, f"{text} {where}, {free / 1e9:.1f} GB were free"
 
 
 def room(place: str, need: int) -> int:
@@ -83,32 +89,81 @@ def room(place: str, need: int) -> int:
     return ROOM // 8 if need else 0
 
 
-def remove_dead_parts(folder: Path) -> None:
-    """Removes what killed fills left, of whatever features; not what is being written now."""
-    for part in folder.glob(".*.features.*.part"):
-        name = part.name[1:].rsplit(".", 2)[0]
-        with contextlib.suppress(UserError), locked(folder, name):
-            remove_leftovers(folder, name)
+def share(
+    features: Sequence[Features], places: Sequence[str], device: torch.device
+) -> tuple[dict[str, list[int]], str]:
+    """By place, how many images of each it takes, the first place first; and that in words."""
+    left, shares, found = [len(feature) for feature in features], {}, {}
+    for place in places:
+        free = free_memory(place, device, Path())
+        taken = left
+        found[place] = f"{WORDS[place]}, how much is free is not known"
+        if free is not None:
+            taken = fitting(features, left, free - ROOM)
+            found[place] = f"{WORDS[place]}, {free / 1e9:.1f} GB were free"
+        if any(taken):
+            shares[place] = taken
+            left = [count - kept for count, kept in zip(left, taken)]
+    if any(left):
+        shares["off"] = left
+    return shares, in_words(features, shares, found)
+
+
+def in_words(
+    features: Sequence[Features], shares: dict[str, list[int]], found: dict[str, str]
+) -> str:
+    """What a share comes to. found: by place, what was free there."""
+    text = f"{sum(feature.bytes for feature in features) / 1e9:.2f} GB of features"
+    first, *others = shares
+    hint = " (--cache disk takes a file)" if "off" in shares else ""
+    if others:
+        total = sum(len(feature) for feature in features)
+        counts = [f"{sum(taken):,} {WORDS[place]}" for place, taken in shares.items()]
+        return f"{text}, of {total:,} images {', '.join(counts)}{hint}"
+    if first == "off":
+        places = "; ".join(found.values())
+        return f"off, {text} and {ROOM / 1e9:.1f} GB to spare do not fit {places}{hint}"
+    return f"{text} {found[first]}"
+
+
+def fitting(features: Sequence[Features], left: Sequence[int], free: int) -> list[int]:
+    """How many of the images that are left fit into so many bytes. The last features come first:
+    test's are all looked up in every epoch, of training's two of an image one is."""
+    taken = []
+    for feature, count in zip(reversed(features), reversed(left)):
+        one = feature.bytes // len(feature)
+        taken.append(min(count, max(free, 0) // one))
+        free -= taken[-1] * one
+    return taken[::-1]
 
 
 def fill_all(
-    features: Sequence[Features], place: str, device: torch.device, folder: Path
-) -> tuple[str, int]:
-    """Fill them, in the next place if memory runs out in this one after all. Returns where they
-    are now, and how many features were computed. Raises UserError."""
+    features: Sequence[Features],
+    shares: dict[str, list[int]],
+    device: torch.device,
+    folder: Path,
+    places: Sequence[str] = ("device", "host"),
+) -> tuple[list[Features | Joined], int]:
+    """Fill each place with its share, or if memory runs out in one after all, the others. Returns
+    the features, to be looked up, and how many were computed. Raises UserError."""
+    pieces, computed = [[] for _ in features], 0
     try:
-        return place, sum(fill(feature, place, device, folder) for feature in features)
+        for place, counts in shares.items():
+            for feature, count, own in zip(features, counts, pieces):
+                if count:
+                    own.append(piece(feature, sum(map(len, own)), count))
+                    computed += fill(own[-1], place, device, folder)
+        return [joined(own) for own in pieces], computed
     except (RuntimeError, MemoryError) as error:
         if not memory_is_full(error):
             raise
-        for feature in features:
-            feature.store = None
-    after = "off"
-    if place == "device":
-        after, _ = choose("auto", features, torch.device("cpu"), folder)
+    for part in itertools.chain(*pieces):
+        part.store = None
+    places = [other for other in places if other != place]
+    shares, why = choose("auto", features, device, folder, places)
     progress()
-    print(f"         does not fit after all (--cache {place}): {after}", flush=True)
-    return fill_all(features, after, device, folder)
+    print(f"         does not fit {WORDS[place]} after all: {why}", flush=True)
+    return fill_all(features, shares, device, folder, places)
 
 
 def fill(features: Features, place: str, device: torch.device, folder: Path) -> int:
@@ -122,55 +177,3 @@ def fill(features: Features, place: str, device: torch.device, folder: Path) -> 
     features.fill(device, reporter("filling"))
     progress()
     return len(features.store)
-
-
-def fill_file(features: Features, folder: Path) -> int:
-    """Take the features from their file, which an earlier run may have written, or write it."""
-    file = file_of(features, folder)
-    with locked(folder, file.name, wait=True):
-        remove_leftovers(folder, file.name)
-        if found(features, file):
-            return 0
-        try:
-            with whole_file(file) as part, open(part, "wb") as out:
-                for block in features.blocks(reporter("filling")):
-                    out.write(block.cpu().contiguous().view(torch.uint8).numpy())
-                out.flush()
-                os.fsync(out.fileno())  # before it has its name: only some rows are checked later
-        except OSError as error:
-            reason = f"cannot write {file} ({error.strerror})"
-            raise UserError(f"{reason}: try --cache off") from error
-        progress()
-        if not found(features, file):
-            raise UserError(f"{file} does not hold what was written to it: try --cache off")
-    return len(features.store)
-
-
-def file_of(features: Features, folder: Path) -> Path:
-    """These features' file, named by a hash of all that they depend on."""
-    settings = (features.prefix, features.shape, features.image_size, features.dtype)
-    text = repr((*settings, features.device.type))
-    tensors = [*features.prefix.state_dict().values(), features.pixels]
-    return folder / f"{fingerprint(*tensors, text=text)}.features"
-
-
-def found(features: Features, file: Path) -> bool:
-    """Takes a file as the store if it is whole and some rows are what the prefix computes now."""
-    if not file.is_file() or file.stat().st_size != features.bytes:
-        return False
-    count = features.bytes // features.dtype.itemsize
-    store = torch.from_file(str(file), size=count, dtype=features.dtype).view(features.shape)
-    rows = torch.linspace(0, len(store) - 1, 16).long()
-    expected = features.compute(rows).cpu()
-    if not (store[rows] - expected).norm() <= 0.01 * expected.norm():
-        return False
-    features.store = store
-    return True
-
-
-def fingerprint(*tensors: torch.Tensor, text: str = "") -> str:
-    """The first 64 bits of the sha256 of a text and of tensors' values, in hexadecimal."""
-    digest = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

@@ -13,8 +13,7 @@ from torchvision.datasets.utils import check_integrity
 
 from data import CIFAR, Images, UserError, cifar, stratified_subset
 from plumbing import drawn, pictures
-from plumbing.cache import fingerprint
-from plumbing.files import locked
+from plumbing.files import fingerprint, locked
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic")
 # The official host has served 50-80 kB/s since June 2026 (pytorch/vision#9536), 40 minutes and

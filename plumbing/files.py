@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all, CSV files, and locks that die with their process."""
+"""Files that appear whole or not at all, CSV files, locks that die with their process, hashes."""
 
 import csv
+import hashlib
 import io
 import os
 import tempfile
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
 from data import UserError
@@ -91,3 +93,11 @@ def locked(out: Path, name: str, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def fingerprint(*tensors: torch.Tensor, text: str = "") -> str:
+    """The first 64 bits of the sha256 of a text and of tensors' values, in hexadecimal."""
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -8,6 +8,7 @@ from torch import nn
 
 import data
 import freeze
+from plumbing.convolution import faster
 from plumbing.machine import autocast, pick_device, pick_precision
 from plumbing.terminal import progress
 
@@ -49,3 +50,4 @@ class Loaded:
         model = freeze.build(settings["model"], len(self.classes))
         model.load_state_dict(checkpoint["model"])
         self.model = model.to(self.device)
+        faster(self.model)

@@ -8,7 +8,7 @@ from torch import nn
 import freeze
 from data import Images
 from plumbing import weights
-from plumbing.cache import fingerprint
+from plumbing.files import fingerprint
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,8 @@ def features_of(images, seed=0, size=48, dtype=torch.float32, mirrored=True) -> 
 def on_disk(images, folder: Path, **other) -> tuple[Features, int]:
     """Features kept in `folder`, and how many were computed."""
     inputs = features_of(images, **other)
-    place, computed = fill_all([inputs], "disk", CPU, folder)
-    assert place == "disk"
-    return inputs, computed
+    (kept,), computed = fill_all([inputs], {"disk": [len(inputs)]}, CPU, folder)
+    return kept, computed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,8 +137,16 @@ def test_a_run_with_the_cache_on_disk_is_the_run_without_and_says_what_it_reuses
 # ---------------------------------------------------------------- where it goes
 
 
-def need(amount: int, stages: int = 4) -> SimpleNamespace:
-    return SimpleNamespace(bytes=amount, prefix=[None] * stages)
+class Need(list):
+    """Features of so many images, of which each takes so many bytes."""
+
+    def __init__(self, images: int, each: int, stages: int = 4):
+        super().__init__([None] * images)
+        self.bytes, self.prefix = images * each, [None] * stages
+
+
+MB = 10**6
+NEEDED = [Need(8_000, MB), Need(2_000, MB)]  # 10 GB, a fifth of it of the test
 
 
 def free(monkeypatch, **amounts) -> None:
@@ -148,21 +155,48 @@ def free(monkeypatch, **amounts) -> None:
 
 
 @pytest.mark.parametrize(
-    "device, host, wanted, place",
+    "device, host, wanted, shares",
     [
-        (80 * GB, 100 * GB, "auto", "device"),
-        (10 * GB, 100 * GB, "auto", "host"),
-        (10 * GB + ROOM - 1, 100 * GB, "auto", "host"),
-        (10 * GB + ROOM, 0, "auto", "device"),
-        (10 * GB, 10 * GB, "auto", "off"),
-        (80 * GB, 100 * GB, "host", "host"),
-        (80 * GB, 100 * GB, "off", "off"),
+        (80 * GB, 100 * GB, "auto", {"device": [8000, 2000]}),
+        (10 * GB + ROOM, 0, "auto", {"device": [8000, 2000]}),
+        (10 * GB + ROOM - 1, 100 * GB, "auto", {"device": [7999, 2000], "host": [1, 0]}),
+        (ROOM, 100 * GB, "auto", {"host": [8000, 2000]}),
+        (
+            3 * GB + ROOM,
+            4 * GB + ROOM,
+            "auto",
+            {"device": [1000, 2000], "host": [4000, 0], "off": [3000, 0]},
+        ),
+        (
+            GB + ROOM,
+            2 * GB + ROOM,
+            "auto",
+            {"device": [0, 1000], "host": [1000, 1000], "off": [7000, 0]},
+        ),
+        (4 * GB + ROOM, 0, "auto", {"device": [2000, 2000], "off": [6000, 0]}),
+        (0, ROOM, "auto", {"off": [8000, 2000]}),
+        (80 * GB, 100 * GB, "host", {"host": [8000, 2000]}),
+        (80 * GB, 100 * GB, "off", {"off": [8000, 2000]}),
     ],
 )
-def test_where_the_cache_goes(monkeypatch, device, host, wanted, place):
+def test_where_the_cache_goes(monkeypatch, device, host, wanted, shares):
     free(monkeypatch, device=device, host=host)
-    chosen, why = choose(wanted, [need(8 * GB), need(2 * GB)], CUDA, HERE)
-    assert chosen == place and "10.00 GB of features" in why and place in why
+    chosen, why = choose(wanted, NEEDED, CUDA, HERE)
+    assert chosen == shares and "10.00 GB of features" in why
+    assert ("of 10,000 images" in why) == (len(shares) > 1)
+    for place, counts in shares.items():
+        words = "off" if place == "off" and len(shares) == 1 else cache.WORDS[place]
+        assert words in why
+        if len(shares) > 1:
+            assert f"{sum(counts):,} {words}" in why
+
+
+def test_how_a_split_is_said(monkeypatch):
+    free(monkeypatch, device=3 * GB + ROOM, host=4 * GB + ROOM)
+    assert choose("auto", NEEDED, CUDA, HERE)[1] == (
+        "10.00 GB of features, of 10,000 images 3,000 in device memory, 4,000 in host memory, "
+        "3,000 computed in every epoch (--cache disk takes a file)"
+    )
 
 
 @pytest.mark.parametrize("wanted", ["device", "host"])
@@ -170,24 +204,24 @@ def test_a_place_that_was_asked_for_and_is_too_small(monkeypatch, wanted):
     free(monkeypatch, device=3 * GB, host=3 * GB)
     says = f"--cache {wanted}: 10.00 GB of features .*3.0 GB free in {wanted} memory.*--train-size"
     with pytest.raises(UserError, match=says):
-        choose(wanted, [need(10 * GB)], CUDA, HERE)
+        choose(wanted, NEEDED, CUDA, HERE)
 
 
 @pytest.mark.parametrize("device", [CPU, torch.device("mps")])
 def test_what_has_no_memory_of_its_own_uses_the_host_s(monkeypatch, device):
     free(monkeypatch, host=80 * GB)
-    assert choose("auto", [need(10 * GB)], device, HERE)[0] == "host"
+    assert choose("auto", NEEDED, device, HERE)[0] == {"host": [8000, 2000]}
 
 
 def test_without_a_prefix_there_is_nothing_to_keep(monkeypatch):
     free(monkeypatch, host=80 * GB)
-    assert choose("auto", [need(GB, stages=0)], CPU, HERE)[0] == "off"
+    assert choose("auto", [Need(9, GB, stages=0)], CPU, HERE)[0] == {"off": [9]}
 
 
 def test_where_nobody_knows_what_is_free_it_is_tried_and_said(monkeypatch):
     free(monkeypatch, host=None)
-    place, why = choose("auto", [need(10 * GB)], CPU, HERE)
-    assert place == "host" and "not known" in why
+    shares, why = choose("auto", NEEDED, CPU, HERE)
+    assert shares == {"host": [8000, 2000]} and "not known" in why
 
 
 def test_a_disk_with_too_little_room_is_told_before_anything_is_written(
@@ -202,7 +236,63 @@ def test_a_disk_with_too_little_room_is_told_before_anything_is_written(
         choose("disk", [inputs], CPU, new)
     assert not (tmp_path / "not").exists()
     usage.free = 0
-    assert choose("disk", [inputs], CPU, tmp_path / "there")[0] == "disk"  # it is there already
+    assert choose("disk", [inputs], CPU, tmp_path / "there")[0] == {
+        "disk": [20]
+    }  # it is there already
+
+
+# ---------------------------------------------------------------- a split
+
+
+SPLITS = {
+    "device and host": {"device": [7, 5], "host": [13, 15]},
+    "device and nothing": {"device": [7, 20], "off": [13, 0]},
+    "host and nothing": {"host": [19, 0], "off": [1, 20]},
+    "all three": {"device": [6, 20], "host": [6, 0], "off": [8, 0]},
+}
+
+
+@pytest.mark.parametrize("shares", SPLITS.values(), ids=SPLITS)
+def test_a_split_gives_what_one_piece_gives(images, shares):
+    plain = [features_of(images), features_of(images, mirrored=False)]
+    split = [features_of(images), features_of(images, mirrored=False)]
+    (inputs, test_inputs), computed = fill_all(split, shares, CPU, HERE)
+    kept = sum(2 * train + test for place, (train, test) in shares.items() if place != "off")
+    assert computed == kept and len(inputs) == len(test_inputs) == 20
+    order, flips = torch.randperm(20), torch.rand(20) < 0.5
+    for found, expected in zip(inputs.batches(6, order, flips), plain[0].batches(6, order, flips)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+    for found, expected in zip(test_inputs.batches(6), plain[1].batches(6)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for found, expected in zip(inputs.batches(6, order), plain[0].batches(6, order)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_split_computes_nothing_that_is_kept(images, monkeypatch):
+    shares = {"host": [8, 20], "off": [12, 0]}
+    (inputs, test_inputs), _ = fill_all(
+        [features_of(images), features_of(images)], shares, CPU, HERE
+    )
+    asked, compute = [], Features.compute
+
+    def noted(self, rows):
+        asked.extend(((rows % len(self)) + 20 - len(self)).tolist())
+        return compute(self, rows)
+
+    monkeypatch.setattr(Features, "compute", noted)
+    list(inputs.batches(6, torch.randperm(20), torch.rand(20) < 0.5))
+    list(test_inputs.batches(6))
+    assert sorted(asked) == list(range(8, 20))
+
+
+def test_a_run_with_a_split_cache_is_the_run_without(run, monkeypatch, capsys):
+    losses = "train_loss", "test_loss"
+    expected = history(run(*LITTLE), *losses)
+    monkeypatch.setattr(cache, "free_memory", lambda *_: ROOM + 2**20)
+    found = history(run(*LITTLE), *losses)
+    assert "computed in every epoch" in capsys.readouterr().out
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0.02)
 
 
 # ---------------------------------------------------------------- what does not fit after all
@@ -212,6 +302,9 @@ class Full:
     """Features that no memory holds: the device says so, and then the host."""
 
     bytes, prefix = 10, [None]
+
+    def __len__(self) -> int:
+        return 1
 
     def __init__(self):
         self.tried, self.store = [], None
@@ -227,11 +320,11 @@ class Full:
 def test_from_the_device_to_the_host_to_nowhere(monkeypatch, capsys):
     free(monkeypatch, device=2**40, host=2**40)
     features = Full()
-    assert fill_all([features], "device", CUDA, HERE) == ("off", 0)
+    assert fill_all([features], {"device": [1]}, CUDA, HERE) == ([features], 0)
     assert features.tried == ["cuda", "cpu"] and features.store is None
     first, second = capsys.readouterr().out.splitlines()
-    assert "--cache device" in first and first.endswith("host")
-    assert "--cache host" in second and second.endswith("off")
+    assert "in device memory after all" in first and "features in host memory" in first
+    assert "in host memory after all: off" in second
 
 
 def test_another_error_is_not_taken_for_a_full_memory():
@@ -240,7 +333,7 @@ def test_another_error_is_not_taken_for_a_full_memory():
             raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        fill_all([Broken()], "host", CPU, HERE)
+        fill_all([Broken()], {"host": [1]}, CPU, HERE)
 
 
 def test_a_run_whose_cache_does_not_fit_after_all_is_the_same_run(run, monkeypatch, capsys):
@@ -254,5 +347,5 @@ def test_a_run_whose_cache_does_not_fit_after_all_is_the_same_run(run, monkeypat
 
         monkeypatch.setattr(Features, "fill", full)
         found = history(run(*LITTLE), *losses)
-        assert "does not fit after all (--cache host): off" in capsys.readouterr().out
+        assert "does not fit in host memory after all: off" in capsys.readouterr().out
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=0.02)

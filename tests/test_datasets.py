@@ -13,7 +13,7 @@ from torchvision import datasets as torchvision_s
 
 from data import CIFAR, UserError
 from plumbing import datasets, drawn
-from plumbing.cache import fingerprint
+from plumbing.files import fingerprint
 
 ARCHIVE = "cifar-10-python.tar.gz"
 UNPACKED = {f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)}

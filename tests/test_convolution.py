@@ -1,0 +1,144 @@
+"""Convolutions on a CPU: the same numbers as F.conv2d, whichever way is taken."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import freeze
+from plumbing import convolution
+from plumbing.convolution import Conv2d, Convolution, faster
+
+# in, out, height, width, kernel, stride, and the way that is taken
+CASES = [
+    (128, 130, 7, 7, 3, 1, "winograd"),
+    (129, 128, 5, 9, 3, 1, "winograd"),  # no multiples of a tile
+    (128, 128, 3, 1, 3, 1, "winograd"),
+    (128, 128, 2, 2, 3, 1, "product"),
+    (128, 128, 1, 1, 3, 1, "product"),
+    (3, 5, 4, 3, 3, 1, "product"),
+    (6, 4, 8, 7, 3, 2, "product"),
+    (6, 4, 2, 2, 1, 2, "product"),
+    (4, 3, 7, 6, 3, 1, "oneDNN"),  # its weights' gradient is a product
+    (4, 3, 14, 13, 3, 2, "oneDNN"),
+    (4, 3, 13, 14, 1, 2, "oneDNN"),
+    (4, 3, 9, 9, 3, 1, "oneDNN"),
+    (3, 4, 21, 17, 7, 2, "oneDNN"),
+    (4, 3, 12, 9, 5, 3, "product"),
+]
+
+
+def tensors(case: tuple, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    channels, out, height, width, size, _, _ = case
+    torch.manual_seed(0)
+    x = torch.randn(2, channels, height, width, dtype=dtype)
+    weight = torch.randn(out, channels, size, size, dtype=dtype) / (channels * size**2) ** 0.5
+    memory = torch.channels_last
+    x, weight = x.to(memory_format=memory), weight.to(memory_format=memory)
+    return x.requires_grad_(), weight.requires_grad_()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_same_outputs_and_gradients_as_conv2d(case):
+    *_, size, stride, way = case
+    x, weight = tensors(case)
+    assert convolution.way(x, weight, stride) == way
+    found = Convolution.apply(x, weight, stride)
+    expected = F.conv2d(x, weight, None, stride, size // 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn_like(expected)
+    of_found = torch.autograd.grad(found, (x, weight), gradient)
+    of_expected = torch.autograd.grad(expected, (x, weight), gradient)
+    for one, other in zip(of_found, of_expected):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", CASES[2:7] + CASES[8:10], ids=str)
+def test_gradients_are_those_of_the_outputs(case, monkeypatch):
+    monkeypatch.setattr(convolution, "WIDE", 3)  # so that Winograd's case is a small one
+    small = (min(case[0], 4), min(case[1], 3), *case[2:])
+    x, weight = tensors(small)
+    assert torch.autograd.gradcheck(lambda *given: Convolution.apply(*given, case[5]), (x, weight))
+
+
+def test_winograd_is_nearly_as_exact_as_conv2d():
+    x, weight = tensors((256, 256, 14, 14, 3, 1, ""))
+    exact = F.conv2d(x, weight, None, 1, 1)
+    found, _ = convolution.winograd(x.float(), weight.float())
+    assert (found - exact).norm() / exact.norm() < 5e-6
+
+
+@pytest.mark.parametrize("needed", ["input", "weight"])
+def test_a_gradient_that_nobody_needs_is_not_computed(needed):
+    x, weight = tensors(CASES[0])
+    x, weight = x.requires_grad_(needed == "input"), weight.requires_grad_(needed == "weight")
+    Convolution.apply(x, weight, 1).sum().backward()
+    assert (x.grad is not None, weight.grad is not None) == (needed == "input", needed == "weight")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_under_autocast_everything_is_in_its_type(size):
+    layer = nn.Conv2d(128, 128, 3, padding=1, bias=False)
+    fast = copy.deepcopy(layer)
+    faster(fast)
+    x = torch.randn(8, 128, size, size)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = fast(x), layer(x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    found.float().square().sum().backward()
+    expected.float().square().sum().backward()
+    assert fast.weight.grad.dtype == torch.float32
+    difference = fast.weight.grad - layer.weight.grad
+    assert difference.norm() <= 0.02 * layer.weight.grad.norm()
+
+
+LAYERS = {
+    "bias": nn.Conv2d(8, 8, 3, padding=1),
+    "grouped": nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False),
+    "dilated": nn.Conv2d(8, 8, 3, padding=2, dilation=2),
+    "unpadded": nn.Conv2d(8, 8, 3),
+    "even": nn.Conv2d(8, 8, 2, padding=1),
+    "oblong": nn.Conv2d(8, 8, (3, 1), padding=(1, 0)),
+    "two strides": nn.Conv2d(8, 8, 3, stride=(1, 2), padding=1),
+    "named padding": nn.Conv2d(8, 8, 3, padding="same"),
+    "reflected": nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_any_layer_gives_what_it_gave(name):
+    layer = LAYERS[name]
+    x = torch.randn(2, 8, 3, 3)
+    fast = copy.deepcopy(layer)
+    faster(fast)
+    assert isinstance(fast, Conv2d)
+    torch.testing.assert_close(fast(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_keeps_its_parameters_and_its_answers():
+    model = freeze.build("resnet18", 10)
+    model.eval()
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    state = model.state_dict()
+    expected = model(x)
+    faster(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert all(
+        value is state[name] or value.equal(state[name])
+        for name, value in model.state_dict().items()
+    )
+    taken = [type(module) for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert set(taken) == {Conv2d}
+
+
+def test_a_subclass_of_conv2d_is_left_alone():
+    class Own(nn.Conv2d):
+        pass
+
+    layer = Own(3, 3, 3)
+    faster(layer)
+    assert type(layer) is Own
