@@ -36,7 +36,7 @@ class Replayed:
 
     def __init__(self, step: Callable[..., torch.Tensor]):
         self.step, self.graph, self.inputs, self.output = step, None, None, None
-        self.calls = 0
+        self.calls, self.stream = 0, torch.cuda.Stream()  # one to warm up and to record on
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         if self.inputs is None:
@@ -49,15 +49,15 @@ class Replayed:
             place.copy_(tensor)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, runs nothing
+            with torch.cuda.graph(self.graph, stream=self.stream):  # records, runs nothing
                 self.output = self.step(*self.inputs)
         self.graph.replay()
         return self.output
 
     def warm_up(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """An ordinary step; not on the stream that will be recorded, says the documentation."""
+        """An ordinary step; not on the default stream, says the documentation."""
         self.calls += 1
-        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        side, main = self.stream, torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
             output = self.step(*inputs)

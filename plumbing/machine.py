@@ -118,7 +118,10 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_is_full(error: Exception) -> bool:
-    """Whether an error is a library's way of saying so; many raise a plain RuntimeError."""
+    """Whether an error is a library's way of saying so; many raise a plain RuntimeError, and one
+    that is recorded into a CUDA graph ends in another, of the recording."""
+    if isinstance(error.__context__, RuntimeError) and memory_is_full(error.__context__):
+        return True
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     # in turn: CUDA and MPS; the CPU; CUDA's libraries

@@ -289,7 +289,7 @@ def test_a_split_computes_nothing_that_is_kept(images, monkeypatch):
 def test_a_run_with_a_split_cache_is_the_run_without(run, monkeypatch, capsys):
     losses = "train_loss", "test_loss"
     expected = history(run(*LITTLE), *losses)
-    monkeypatch.setattr(cache, "free_memory", lambda *_: ROOM + 2**20)
+    monkeypatch.setattr(cache, "free_memory", lambda *_: ROOM + 2**19)
     found = history(run(*LITTLE), *losses)
     assert "computed in every epoch" in capsys.readouterr().out
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=0.02)

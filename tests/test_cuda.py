@@ -6,8 +6,9 @@ from conftest import checkpoint, history, rows
 
 import data
 import evaluate
+import features
 import train
-from plumbing import drawn
+from plumbing import cache, drawn
 
 pytestmark = pytest.mark.cuda
 LOSSES = ("train_loss", "test_loss")
@@ -38,6 +39,19 @@ def test_every_place_of_the_cache_gives_the_same_losses(run, unfreeze):
         losses[place] = history(run(*flags), *LOSSES)
     torch.testing.assert_close(losses["device"], losses["host"], rtol=1e-2, atol=0)
     torch.testing.assert_close(losses["device"], losses["off"], rtol=1e-2, atol=0)
+
+
+def test_a_cache_split_over_places_gives_the_same_losses(run, monkeypatch, capsys):
+    """features.SMALL: pixels stay on the host, as those of many pictures do."""
+    flags = ["--device", "cuda", "--unfreeze", "layer4"]
+    expected = history(run(*flags), *LOSSES)
+    monkeypatch.setattr(features, "SMALL", 0)
+    for device, host in [(2**19, 2**19), (2**19, 0), (0, 2**19)]:
+        free = {"device": cache.ROOM + device, "host": cache.ROOM + host}
+        monkeypatch.setattr(cache, "free_memory", lambda place, *_, free=free: free[place])
+        found = history(run(*flags), *LOSSES)
+        assert "computed in every epoch" in capsys.readouterr().out
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

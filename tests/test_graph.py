@@ -42,13 +42,17 @@ def recorder(monkeypatch):
             assert other is not self
 
     @contextmanager
-    def record(graph):
+    def record(graph, stream):
+        assert stream in warmed_up_on
         graph.recorded = recorder.recorded = []
         yield
         recorder.recorded = None
 
+    warmed_up_on = []
+
     @contextmanager
-    def stream(_):
+    def stream(side):
+        warmed_up_on.append(side)
         yield
 
     main = Stream()

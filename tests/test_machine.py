@@ -175,6 +175,15 @@ def test_what_the_allocator_raises_is_known():
     assert machine.memory_is_full(raised.value)
 
 
+def test_a_full_memory_while_a_graph_is_recorded_is_known():
+    with pytest.raises(RuntimeError) as raised:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    assert machine.memory_is_full(raised.value)
+
+
 def test_free_memory_is_within_the_machine_s():
     all_there_is = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 2**20 < machine.free_memory("host", CPU, HERE) <= all_there_is

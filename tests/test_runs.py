@@ -24,7 +24,7 @@ import features
 import freeze
 import train
 from data import UserError
-from plumbing import cache, drawn, runs
+from plumbing import drawn, runs
 from plumbing.command import command
 from plumbing.files import locked
 
@@ -616,40 +616,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_epoch(r
         run(*flags, "3", "--out", str(folder.parent.with_name("new")))
     assert newest(folder.parent.with_name("new") / folder.name) == 1
     assert (folder / "epoch1.pt").read_bytes() == before
-
-
-def test_a_cache_that_does_not_fit_after_all_goes_to_the_next_place(run, monkeypatch, capsys):
-    flags = ["--unfreeze", "layer4", "--image-size", "32"]
-    expected = history(run(*flags), *LOSSES)
-
-    def full(self, *_):
-        self.store = torch.empty(1)
-        raise errors.pop()
-
-    monkeypatch.setattr(features.Features, "fill", full)
-    errors = [torch.OutOfMemoryError(), MemoryError()]
-    while errors:
-        found = history(run(*flags), *LOSSES)
-        assert "does not fit after all (--cache host): off" in capsys.readouterr().out
-        torch.testing.assert_close(found, expected, rtol=2e-3, atol=0.02)
-
-
-def test_from_the_device_to_the_host_to_nowhere(monkeypatch):
-    tried = []
-    monkeypatch.setattr(cache, "free_memory", lambda *_: 2**40)
-
-    class Full:
-        bytes, store, prefix = 10, None, [None]
-
-        def fill(self, device, report):
-            tried.append(device.type)
-            if device.type == "cuda":
-                raise torch.OutOfMemoryError
-            torch.empty(2**60)  # what the CPU's allocator raises is a plain RuntimeError
-
-    where = torch.device("cuda"), Path("features")
-    assert cache.fill_all([Full()], "device", *where) == ("off", 0)
-    assert tried == ["cuda", "cpu"]
 
 
 # ---------------------------------------------------------------- the user's mistakes, and ours

@@ -136,6 +136,18 @@ def test_projections_count_everything_once():
     assert row["images_per_second"] == pytest.approx(20) and set(row) == COLUMNS
 
 
+@pytest.mark.parametrize("writing, every_epoch", [(0.5, 0.5), (30, 52 / 20)])
+def test_projections_count_the_pictures_that_are_read_and_the_checkpoints(writing, every_epoch):
+    """Read twice and written once more where it was measured, beside what train.py did."""
+    result = measured("ours") | {"seconds_per_epoch": 5.0, "measured_seconds": 15.0}
+    result |= {"wall_seconds": 60, "read_seconds": 3.0, "write_seconds": writing}
+    row = benchmark.row_of("fc", "ours", result, sizes=(100, 50), full=(1000, 100))
+    start_up, fill, epoch = 60 - 15 - 6 - writing, 3 * 2100 / 250, 5 * 10 + 1 * 2
+    reading = 3 * 1100 / 150
+    expected = start_up + reading + fill + 10 * (epoch + every_epoch)
+    assert row["projected_10_epochs"] == pytest.approx(expected) and set(row) == COLUMNS
+
+
 def test_figures_are_medians_and_measure_all_there_was():
     history = []
     for train, test in [(9.0, 1.0), (2.0, 1.5), (3.0, 1.5)]:
@@ -172,7 +184,9 @@ def test_pictures_are_written_in_the_order_of_the_labels(tmp_path):
 
 
 def test_committed_figures_have_the_columns_of_the_table():
-    for file in (benchmark.Path(benchmark.__file__).parent / "results").glob("benchmark-*.csv"):
+    files = list((benchmark.Path(benchmark.__file__).parent / "results").glob("*/benchmark.csv"))
+    assert files
+    for file in files:
         with open(file, newline="", encoding="utf-8") as opened:
             assert set(next(csv.reader(opened))) == COLUMNS
 
