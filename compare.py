@@ -1,13 +1,14 @@
 """Compare runs of train.py by what they logged, without scoring again.
 
-    python compare.py results/*/epoch10.pt                      # the table, the differences
+    python compare.py results/*/epoch10.pt                      # the table, the verdict
     python compare.py results/*/epoch*.pt --csv results/summary.csv
-    python compare.py results/*/epoch10.pt --paired results/paired.csv
+    python compare.py results/*/epoch10.pt --paired results/paired.csv  # every two runs
     python compare.py results/cifar10-fc+layer4-*/epoch10.pt --cka
 
-Two runs tested on the same images are compared image by image: that error is
-much smaller than that of either accuracy. --cka compares a network's features
-with the pretrained one's, and does run the test images through both.
+Runs tested on the same images are compared image by image: that error is much
+smaller than that of either accuracy. The verdict says which strategy wins, by
+how much, and whether that is more than chance. --cka compares a network's
+features with the pretrained one's, and does run the test images through both.
 """
 
 import itertools
@@ -27,6 +28,7 @@ from plumbing.flags import folder, output
 from plumbing.runs import read_checkpoint, summary_row
 from plumbing.scoring import Loaded, prepared
 from plumbing.terminal import print_row
+from plumbing.verdict import paired, verdict
 
 PAIRED = ("run", "epochs", "other", "other_epochs", "difference", "standard_error")
 PAIRED += ("only_run_right", "only_other_right", "test_images")
@@ -62,16 +64,20 @@ def main(argv: list[str] | None = None) -> None:
     runs, rows, failed = [], [], False
     for path in args.checkpoints:
         try:
-            runs.append(read_checkpoint(path))
-            rows.append(report(path, runs[-1], header=not rows))
+            checkpoint = read_checkpoint(path)
+            rows.append(report(path, checkpoint, header=not rows))
+            runs.append(checkpoint)
             if args.cka:
-                report_cka(Path(path), runs[-1], args)
+                report_cka(Path(path), checkpoint, args)
         except UserError as error:  # said, and the others compared all the same
             print(f"compare.py: error: {error}", file=sys.stderr, flush=True)
             failed = True
     if args.csv and rows:
         write_csv(args.csv, rows[0], [row.values() for row in rows])
-    report_pairs(args.paired, rows, runs)
+    lines = list(verdict(rows, runs))
+    if args.paired or not lines:
+        report_pairs(args.paired, rows, runs)
+    print("\n".join(lines))
     if failed:
         sys.exit(2)
 
@@ -87,18 +93,7 @@ def report(path: str, checkpoint: dict, header: bool) -> dict:
 # ---------------------------------------------------------------- image by image
 
 
-def paired(correct: torch.Tensor, other: torch.Tensor) -> tuple[float, float, int, int]:
-    """How much more accurate one network is than another on the same images, its standard error,
-    and how many images only the one and only the other got right; bool [N] each. The images that
-    both get right, or both wrong, say nothing about the difference (McNemar 1947)."""
-    only, only_other = (correct & ~other).sum().item(), (other & ~correct).sum().item()
-    count = len(correct)
-    difference = (only - only_other) / count
-    variance = (only + only_other) / count - difference**2
-    return difference, (variance / count) ** 0.5, only, only_other
-
-
-def report_pairs(file: str | None, rows: list[dict], checkpoints: list[dict]) -> None:
+def report_pairs(file: Path | None, rows: list[dict], checkpoints: list[dict]) -> None:
     """Print, and write to `file`, every comparison of two runs on the same test images."""
     pairs = []
     both = list(zip(rows, checkpoints))

@@ -70,10 +70,13 @@ class Features:
         return found.permute(0, 3, 1, 2)
 
     def batches(
-        self, size: int, order: torch.Tensor | None = None, flips: torch.Tensor | None = None
+        self,
+        size: int | list[int],
+        order: torch.Tensor | None = None,
+        flips: torch.Tensor | None = None,
     ) -> Iterator[torch.Tensor]:
-        """Features of all images, `size` at a time: in `order`, int64 [N], or as they come;
-        mirrored where `flips`, bool [N] by image."""
+        """Features of all images, `size` at a time, or as many as each of `size`: in `order`,
+        int64 [N], or as they come; mirrored where `flips`, bool [N] by image."""
         rows = torch.arange(len(self)) if order is None else order
         if flips is not None:
             rows = rows + len(self) * flips[rows]

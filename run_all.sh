@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# The experiment: {fc+layer4, fc+layer3+layer4} x {10, 50} epochs, then the table. The rates are
-# constant, so the first ten epochs of fifty are the run of ten: two trainings leave four runs.
+# The experiment: {fc+layer4, fc+layer3+layer4} x {10, 50} epochs, the table and the verdict. The
+# rates are constant, so the first ten epochs of fifty are the run of ten: two trainings leave four.
 #
 #     bash run_all.sh                                    # CIFAR-10, ImageNet weights
-#     bash run_all.sh --demo                             # drawn pictures, no download, 2 minutes
+#     bash run_all.sh --demo                             # drawn pictures, no download, 3 minutes
 #     bash run_all.sh --data-dir /data --batch-size 256  # what train.py takes goes to every run
 #     bash run_all.sh --out /tmp/results                 # default: results, or results/demo
 #     bash run_all.sh                                    # the same again: goes on where it stopped
 #     SEEDS="0 1 2" WITH_FC=1 bash run_all.sh            # three seeds, and the fc-only baseline
+#     GPUS="0 1" SEEDS="0 1 2" bash run_all.sh           # two runs at a time, one on each GPU
+#     bash run_all.sh --list                             # print its train.py commands, a line each
 set -euo pipefail
 
 refuse() {
@@ -15,12 +17,11 @@ refuse() {
     exit 2
 }
 
-out= preset=() extra=()
+out= demo= list= preset=() extra=() with_fc=${WITH_FC:-0}
 while [ $# -gt 0 ]; do
     case "$1" in
-        --demo)
-            preset=(--dataset synthetic --weights none --image-size 32)
-            preset+=(--train-size 100 --batch-size 50) ;;
+        --demo) demo=yes with_fc=1 ;;
+        --list) list=yes ;;
         --out) out=${2:-}; [ -n "$out" ] || refuse "--out needs a folder"; shift ;;
         --out=*) out=${1#--out=} ;;
         --unfreeze* | --epochs* | --seed*)
@@ -30,9 +31,11 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-out=${out:-results${preset:+/demo}}
+out=${out:-results${demo:+/demo}}
+[ -z "$demo" ] || [ -z "$list" ] || refuse "--demo needs its pretraining first: no --list of it"
 
 . "$(dirname "$0")/setup.sh"
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
 # Started beside this script: who ends the script ends what it runs, and waits for its last words.
 started() {
@@ -41,21 +44,93 @@ started() {
 }
 stop() {
     trap "" INT TERM
-    kill -TERM $! 2>/dev/null || true
-    wait $! || true
+    for job in $(jobs -p); do
+        kill -TERM -- "-$job" 2>/dev/null || kill -TERM "$job" 2>/dev/null || true
+    done
+    wait || true
     exit "$1"
 }
 trap "stop 130" INT
 trap "stop 143" TERM
 
-[ "${WITH_FC:-0}" = 0 ] || with_fc=yes
+# The demo's pretrained network: all of a ResNet18 learns ten other classes of drawn pictures.
+if [ "$demo" ]; then
+    preset=(--dataset synthetic --weights "$out/pretrained.pt" --image-size 32)
+    preset+=(--train-size 100 --batch-size 50)
+    started "$python" "$here/train.py" ${extra[@]+"${extra[@]}"} \
+        --dataset synthetic-other --weights none --image-size 32 --train-size 2000 --batch-size 50 \
+        --unfreeze stem layer1 layer2 layer3 layer4 --epochs 3 --out "$out/pretraining" --resume \
+        --lr stem=1e-3 layer1=1e-3 layer2=1e-3 layer3=1e-3 layer4=1e-3
+    cp "$out"/pretraining/*/epoch3.pt "$out/pretrained.pt"
+    echo
+fi
+
+# The runs, a command each, quoted as bash would have them.
+stages=(layer4 "layer3 layer4")
+[ "$with_fc" = 0 ] || stages=("" "${stages[@]}")
+strategies=() commands=()
+for names in "${stages[@]}"; do
+    strategies+=("fc${names:+ $names}")
+done
+strategies=("${strategies[@]// /+}")
 for seed in ${SEEDS:-0}; do
-    for stages in ${with_fc:+""} layer4 "layer3 layer4"; do
+    for names in "${stages[@]}"; do
         # shellcheck disable=SC2086  # the stages are separate words
-        started "$python" "$here/train.py" --unfreeze $stages --epochs 10 50 --seed "$seed" \
-            --out "$out" --resume ${preset[@]+"${preset[@]}"} ${extra[@]+"${extra[@]}"}
-        echo
+        commands+=("$(printf '%q ' "$python" "$here/train.py" --unfreeze $names --epochs 10 50 \
+            --seed "$seed" --out "$out" --resume \
+            ${preset[@]+"${preset[@]}"} ${extra[@]+"${extra[@]}"})")
     done
 done
+
+# For each GPU a worker, which takes the next run that none has taken.
+worker() {
+    set +m # what it runs is of its group
+    stopped=
+    trap "stopped=yes" TERM
+    for i in "${!commands[@]}"; do
+        [ -z "$stopped" ] || break
+        mkdir "$claims/$i" 2>/dev/null || continue
+        echo "GPU $1: ${commands[i]}"
+        CUDA_VISIBLE_DEVICES=$1 bash -c "exec ${commands[i]}" 2>&1 | tee "$out/run$i.log" |
+            awk 'NR == 1 { run = $0 } $1 ~ "^[0-9]+/[0-9]+$" { print run, $0; fflush() }' ||
+            echo "failed: see $out/run$i.log: ${commands[i]}" >>"$claims/failed"
+    done
+}
+
+if [ "$list" ]; then
+    printf '%s\n' "${commands[@]}"
+    exit
+fi
+if [ ! "$demo" ] && ! ls "$out"/*/epoch10.pt >/dev/null 2>&1; then
+    seeds=(${SEEDS:-0})
+    started "$python" -m study.estimate --strategies "${strategies[@]}" --times ${#seeds[@]} \
+        --epochs 50 ${extra[@]+"${extra[@]}"}
+fi
+if [ "${GPUS:-}" ]; then
+    mkdir -p "$out"
+    claims=$(mktemp -d)
+    set -m # a group of processes for each worker, so that they can be stopped together
+    for gpu in $GPUS; do
+        worker "$gpu" &
+    done
+    set +m
+    wait
+    if [ -e "$claims/failed" ]; then
+        cat "$claims/failed" >&2
+        exit 1
+    fi
+else
+    for command in "${commands[@]}"; do
+        eval "started $command"
+        echo
+    done
+fi
 started "$python" "$here/compare.py" "$out"/*/epoch*.pt --csv "$out/summary.csv"
+echo
 echo "table: $out/summary.csv, learning curves: $out/*/history.csv"
+if [ "$demo" ]; then
+    if "$python" -c "import matplotlib" 2>/dev/null; then
+        started "$python" "$here/plot.py" "$out"
+    fi
+    echo "Drawn pictures show how it works, and prove nothing about photographs: see README.md."
+fi

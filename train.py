@@ -25,7 +25,7 @@ from torch import nn
 import freeze
 from data import Images, epoch_order
 from features import Features
-from plumbing import cache, datasets, flags, machine, terminal, weights
+from plumbing import cache, datasets, flags, machine, ranks, terminal, weights
 from plumbing.command import command
 from plumbing.convolution import faster
 from plumbing.graph import Replayed, capturable
@@ -88,7 +88,7 @@ def train_epoch(
 def main(argv: list[str] | None = None) -> None:
     # What is asked for, and on which machine.
     args = flags.parse(__doc__, RECIPE, argv)
-    device = machine.pick_device(args.device)
+    device = ranks.join(machine.pick_device(args.device))  # one process, or torchrun's
     args.precision = machine.pick_precision(args.precision, device)
     machine.tune(device)
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     # The run's folder, which knows how far the run has come.
     with Run(args, settings_of(args, train, test, model)) as run:
         if run.missing:
-            fine_tune(run, model, train, test, args, device)
+            fine_tune(run, model, ranks.share(train), ranks.share(test), args, device)
         else:
             print(f"{run.folder}: finished")
 
@@ -112,7 +112,8 @@ def fine_tune(
     """Train what is still missing of a run."""
     # Freeze, and compute once what the frozen part makes of every picture.
     tail, inputs, test_inputs = freeze_and_fill(run, model, train, test, args, device)
-    labels, test_labels = train.labels.to(device), test.labels.to(device)
+    labels, test_labels = ranks.mine(train.labels).to(device), test.labels.to(device)
+    sizes = ranks.sizes(len(train.labels), args.batch_size)
     drift = freeze.Drift(model, args.unfreeze[:-1])  # away from the pretrained weights
 
     # Adam, and a step of it. What a stopped run had reached is put back.
@@ -122,7 +123,7 @@ def fine_tune(
     learns = {"tail": tail, "optimizer": optimizer, "scaler": scaler, "autocast": autocast}
     step = functools.partial(train_step, **learns)
     run.restore(model, optimizer, scaler)
-    if device.type == "cuda":  # hundreds of small launches, recorded and replayed as one
+    if device.type == "cuda" and ranks.count() == 1:  # hundreds of launches, replayed as one
         capturable(optimizer)
         step = Replayed(step)
 
@@ -130,13 +131,14 @@ def fine_tune(
     for epoch in run.epochs():
         start = time.monotonic()
         set_mode(model, args)
-        order, flips = epoch_order(len(inputs), args.seed, epoch)
-        batches = inputs.batches(args.batch_size, order, flips)
-        targets = labels[order.to(device)].split(args.batch_size)
+        order, flips = ranks.my_order(*epoch_order(len(train.labels), args.seed, epoch))
+        batches = inputs.batches(sizes, order, flips)
+        targets = labels[order.to(device)].split(sizes)
         trained = train_epoch(step, batches, targets, terminal.reporter(f"epoch {epoch}, step"))
+        trained = ranks.agreed(trained, len(inputs), model)
         between = time.monotonic()
         batches = terminal.watched(test_inputs.batches(128), f"epoch {epoch}: testing")
-        logits = predict(tail, batches, device, args.precision)
+        logits = ranks.gathered(predict(tail, batches, device, args.precision))
         tested = score(logits, test_labels)
         times = time.monotonic() - start, between - start
         run.keep(epoch, trained, tested, times, drift.now(), logits.argmax(1) == test_labels)
@@ -158,7 +160,7 @@ def freeze_and_fill(
     folder = args.out / "features"
     both = [inputs, test_inputs]
     inputs, test_inputs, run.fill_seconds = cache.keep(both, args.cache, device, folder)
-    return tail, inputs, test_inputs
+    return ranks.together(tail), inputs, test_inputs
 
 
 def set_mode(model: nn.Module, args: Namespace) -> None:

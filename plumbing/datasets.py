@@ -15,7 +15,7 @@ from data import CIFAR, Images, UserError, cifar, stratified_subset
 from plumbing import drawn, pictures
 from plumbing.files import fingerprint, locked
 
-DATASETS = ("cifar10", "cifar100", "folder", "synthetic")
+DATASETS = ("cifar10", "cifar100", "folder", "synthetic", "synthetic-other")
 # The official host has served 50-80 kB/s since June 2026 (pytorch/vision#9536), 40 minutes and
 # more for 170 MB, so byte-identical copies come first. Whatever the source, the md5 decides.
 MIRRORS = {
@@ -42,6 +42,8 @@ def load(
     test_share: of a folder without test pictures. Raises UserError."""
     if name == "synthetic":
         return drawn.synthetic(split)
+    if name == "synthetic-other":
+        return drawn.synthetic_other(split)
     if name == "folder":
         return pictures.folder(data_dir, split, image_size, classes, test_share, size)
     try:
@@ -95,7 +97,7 @@ class Once:
     def test_set(self, checkpoint: dict, data_dir: Path | None = None) -> Images:
         """data_dir: where the data set is now, if not where it was. Raises UserError."""
         facts, settings = checkpoint["facts"], checkpoint["settings"]
-        if data_dir and facts["dataset"] == "synthetic":
+        if data_dir and facts["dataset"].startswith("synthetic"):
             raise UserError("--data-dir: this run's pictures are drawn, not read from a folder")
         where = data_dir or Path(facts["data_dir"])
         key = facts["dataset"], "test", where, settings["image_size"], settings["classes"]

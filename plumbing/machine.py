@@ -143,7 +143,9 @@ def free_memory(place: str, device: torch.device, folder: Path) -> int | None:
         with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, StopIteration):
             estimates.append(ask())
     known = [estimate for estimate in estimates if estimate is not None]
-    return min(known, default=None)
+    if not known:
+        return None
+    return min(known) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, which share it
 
 
 def available() -> int | None:

@@ -24,7 +24,7 @@ import torchvision
 from torch import nn
 
 from data import UserError
-from plumbing import terminal
+from plumbing import ranks, terminal
 from plumbing.files import check_writable, locked, remove_leftovers, write_csv, write_file
 from plumbing.machine import device_name, memory_is_full
 from plumbing.settings import Settings
@@ -56,10 +56,12 @@ class Run:
 
     def __enter__(self) -> "Run":
         with ExitStack() as stack:
-            stack.enter_context(locked(self.args.out, self.settings.name))
-            remove_leftovers(self.folder)
-            check_writable(self.folder / "history.csv")
-            self.look()
+            if ranks.rank() == 0:
+                stack.enter_context(locked(self.args.out, self.settings.name))
+                remove_leftovers(self.folder)
+                check_writable(self.folder / "history.csv")
+                self.look()
+            self.missing, self.checkpoint = ranks.told((self.missing, self.checkpoint))
             self.held = stack.pop_all()
         return self
 
@@ -90,6 +92,7 @@ class Run:
 
     def check_same(self, file: Path, before: dict) -> None:
         """Raises UserError if the checkpoint in `file` is of a run with other settings."""
+        before = {"ranks": 1} | before  # of a time when there was no other number
         for name, value in asdict(self.settings).items():
             if before.get(name) != value:
                 differs = f"was trained with {name} {before.get(name)}, not {value}"
@@ -144,7 +147,8 @@ class Run:
         row |= {"seconds": times[0], "train_seconds": times[1]}
         row |= {f"{stage}_drift": distance for stage, distance in drift.items()}
         self.history.append(row)
-        self.save(epoch, correct.cpu())
+        if ranks.rank() == 0:
+            self.save(epoch, correct.cpu())
         terminal.print_epoch(row, self.missing[-1])
         if epoch in self.missing:
             seconds = time.monotonic() - self.started

@@ -7,7 +7,7 @@ from torch import nn
 
 import freeze
 from data import Images
-from plumbing import weights
+from plumbing import ranks, weights
 from plumbing.files import fingerprint
 
 
@@ -30,6 +30,7 @@ class Settings:
     train_data: str  # sha256 of pixels and labels
     test_data: str
     initial_network: str  # sha256 of all its values
+    ranks: int = 1  # processes, each with batches of its own
 
     @property
     def name(self) -> str:
@@ -38,6 +39,7 @@ class Settings:
         name += f"-n{self.train_size}" if self.train_size else ""
         name += "-mistake" if self.frozen_batchnorm == "train" else ""
         name += f"-b{self.batch_size}" if self.batch_size != 128 else ""
+        name += f"-r{self.ranks}" if self.ranks > 1 else ""
         name += f"-px{self.image_size}" if self.image_size != 224 else ""
         name += f"-{self.model}" if self.model != "resnet18" else ""
         name += f"-{self.weights}" if self.weights != "imagenet" else ""
@@ -86,4 +88,5 @@ def settings_of(args: Namespace, train: Images, test: Images, model: nn.Module) 
         train_data=fingerprint(train.pixels, train.labels),
         test_data=fingerprint(test.pixels, test.labels),
         initial_network=fingerprint(*model.state_dict().values()),
+        ranks=ranks.count(),
     )

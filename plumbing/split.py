@@ -56,7 +56,10 @@ class Joined:
         return found
 
     def batches(
-        self, size: int, order: torch.Tensor | None = None, flips: torch.Tensor | None = None
+        self,
+        size: int | list[int],
+        order: torch.Tensor | None = None,
+        flips: torch.Tensor | None = None,
     ) -> Iterator[torch.Tensor]:
         """Features of all images, as Features.batches gives them."""
         rows = torch.arange(len(self)) if order is None else order

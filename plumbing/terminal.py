@@ -15,6 +15,7 @@ import freeze
 from data import Images
 from plumbing.machine import device_name
 
+MANY, SHORT = 20, 10  # epochs, and seconds of one, from which and below which not all are shown
 last_shown = time.monotonic()  # when progress last wrote
 
 
@@ -109,8 +110,11 @@ def print_header() -> None:
 
 
 def print_epoch(row: dict, last: int) -> None:
-    """A row of history.csv, under print_header's line."""
+    """A row of history.csv, under print_header's line; of many short epochs one in ten."""
     progress()
+    epoch = row["epoch"]
+    if last > MANY and row["seconds"] < SHORT and epoch not in (1, last) and epoch % 10:
+        return
     print(
         f"{row['epoch']:4}/{last:<4} {row['train_loss']:11.4f} {row['train_accuracy']:9.2%} "
         f"{row['test_loss']:11.4f} {row['test_accuracy']:9.2%} {row['seconds']:9.1f}",

@@ -108,15 +108,6 @@ def test_every_pair_is_compared(lengths, finished, tmp_path, capsys):
     assert capsys.readouterr().out.count("points") == 3
 
 
-def test_a_paired_difference_and_its_error():
-    one = torch.tensor([True] * 9 + [False])
-    other = torch.tensor([True] * 5 + [False] * 4 + [True])
-    deviation = (one.double() - other.double()).std(correction=0).item()
-    expected = (pytest.approx(0.3), pytest.approx(deviation / 10**0.5), 4, 1)
-    assert compare.paired(one, other) == expected
-    assert compare.paired(one, one) == (0, 0, 0, 0)
-
-
 def test_runs_on_other_test_images_are_not_compared(finished, lengths, tmp_path, capsys):
     other = checkpoint(finished)
     other["settings"]["test_data"] = "another"

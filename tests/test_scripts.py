@@ -19,6 +19,11 @@ note() {
         case "$word" in *" "*) word="'$word'" ;; esac
         line="$line $word"
     done
+    if [ -n "$CUDA_VISIBLE_DEVICES" ]; then
+        line=" gpu $CUDA_VISIBLE_DEVICES:$line"
+        echo a-run
+        echo "    1/50        0.5    80.00%"
+    fi
     echo "${line# }" >> "$LOG"
 }
 case "$1" in
@@ -82,7 +87,9 @@ def test_run_all_makes_the_four_runs_in_two_and_compares_them(scripts):
     done, log = scripts("run_all.sh", "--data-dir", "/my data", "--batch-size", "256")
     flags = "--epochs 10 50 --seed 0 --out results --resume --data-dir '/my data' --batch-size 256"
     assert done.returncode == 0, done.stderr
+    asked = "--epochs 50 --data-dir '/my data' --batch-size 256"
     assert log == [
+        f"-m study.estimate --strategies fc+layer4 fc+layer3+layer4 --times 1 {asked}",
         f"train.py --unfreeze layer4 {flags}",
         f"train.py --unfreeze layer3 layer4 {flags}",
         "compare.py results/*/epoch*.pt --csv results/summary.csv",
@@ -100,12 +107,14 @@ def test_run_all_compares_what_is_in_its_folder(scripts, tmp_path):
     files = ["one/epoch10.pt", "one/epoch50.pt", "two/epoch10.pt"]
     asked = " ".join(f"'my results/{file}'" for file in files)
     assert log[-1] == f"compare.py {asked} --csv 'my results/summary.csv'"
+    assert len(log) == 2 + 1  # nothing is estimated: there are runs already
     assert all("--out 'my results' --resume" in line for line in log[:-1])
 
 
 def test_run_all_with_seeds_and_the_baseline(scripts):
     _, log = scripts("run_all.sh", "--out", "here", SEEDS="3 4", WITH_FC="1")
-    *runs, last = log
+    estimate, *runs, last = log
+    assert "--strategies fc fc+layer4 fc+layer3+layer4 --times 2" in estimate
     assert len(runs) == 2 * 3
     assert all("--out here" in line for line in runs)
     assert runs[0] == "train.py --unfreeze --epochs 10 50 --seed 3 --out here --resume"
@@ -115,23 +124,33 @@ def test_run_all_with_seeds_and_the_baseline(scripts):
 
 def test_run_all_without_the_baseline(scripts):
     _, log = scripts("run_all.sh", WITH_FC="0")
-    assert len(log) == 2 + 1
+    assert len(log) == 1 + 2 + 1
 
 
-def test_the_demo_only_presets_flags(scripts):
-    _, log = scripts("run_all.sh", "--demo", "--device", "cpu")
-    preset = "--dataset synthetic --weights none --image-size 32 --train-size 100 --batch-size 50"
-    *runs, last = log
-    assert len(runs) == 2
+def test_the_demo_pretrains_on_other_pictures_and_goes_on_from_that(scripts, tmp_path):
+    trained = tmp_path / "results/demo/pretraining/a run/epoch3.pt"
+    trained.parent.mkdir(parents=True)
+    trained.write_text("weights")
+    done, log = scripts("run_all.sh", "--demo", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    pretraining, *runs, compared, drawn = log
+    assert pretraining.startswith("train.py --device cpu --dataset synthetic-other --weights none")
+    assert "--out results/demo/pretraining --resume" in pretraining
+    assert (tmp_path / "results/demo/pretrained.pt").read_text() == "weights"
+    preset = "--dataset synthetic --weights results/demo/pretrained.pt --image-size 32"
+    preset += " --train-size 100 --batch-size 50"
+    assert len(runs) == 3 and "--unfreeze --epochs" in runs[0]
     for line in runs:
         assert line.endswith(f"--out results/demo --resume {preset} --device cpu")
-    assert last == "compare.py results/demo/*/epoch*.pt --csv results/demo/summary.csv"
+    assert compared == "compare.py results/demo/*/epoch*.pt --csv results/demo/summary.csv"
+    assert drawn == "plot.py results/demo"
+    assert "prove nothing" in done.stdout.splitlines()[-1]
 
 
 def test_run_all_stops_at_a_run_that_fails(scripts):
-    done, log = scripts("run_all.sh", FAIL="layer3")
+    done, log = scripts("run_all.sh", FAIL="--unfreeze layer3")
     assert done.returncode == 3
-    assert len(log) == 2
+    assert len(log) == 3
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -142,14 +161,54 @@ def test_who_stops_run_all_stops_the_run_and_hears_it_out(scripts, tmp_path, num
         env=variables_of(tmp_path) | {"FOREVER": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    while not (tmp_path / "log").exists():
+    while not (tmp_path / "log").exists() or "train.py" not in (tmp_path / "log").read_text():
         time.sleep(0.05)
     time.sleep(0.2)
     process.send_signal(number)
     assert process.wait(10) == status
-    run, last = (tmp_path / "log").read_text().splitlines()
+    *_, run, last = (tmp_path / "log").read_text().splitlines()
     assert "train.py" in run
     assert last == "stopped"
+
+
+def test_the_list_is_of_commands_that_can_be_run_anywhere(scripts, tmp_path):
+    done, log = scripts("run_all.sh", "--list", "--data-dir", "/my data", SEEDS="0 1")
+    assert done.returncode == 0 and not log
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    subprocess.run(["bash", "-c", lines[3]], cwd=tmp_path, env=variables_of(tmp_path), check=True)
+    flags = "--epochs 10 50 --seed 1 --out results --resume --data-dir '/my data'"
+    logged = (tmp_path / "log").read_text().replace(f"{tmp_path}/", "")
+    assert logged.strip() == f"train.py --unfreeze layer3 layer4 {flags}"
+    assert scripts("run_all.sh", "--list", "--demo")[0].returncode == 2
+
+
+def test_runs_on_several_gpus_are_each_made_once_and_the_others_finish(scripts, tmp_path):
+    done, log = scripts("run_all.sh", GPUS="0 5", SEEDS="0 1", FAIL="--unfreeze layer4 --epochs 10")
+    runs = [line for line in log if "train.py" in line]
+    assert done.returncode == 1
+    assert len(runs) == len({line.partition(": ")[2] for line in runs}) == 4
+    assert {line[:6] for line in runs} <= {"gpu 0:", "gpu 5:"}
+    assert done.stderr.count("failed: see results/run") == 2
+    assert done.stdout.count("a-run     1/50        0.5    80.00%") == 4
+    assert "a-run" in (tmp_path / "results/run3.log").read_text()
+    assert not any("compare.py" in line for line in log)
+    done, log = scripts("run_all.sh", GPUS="0 5")
+    assert done.returncode == 0 and "compare.py" in log[-1]
+
+
+def test_who_stops_run_all_stops_the_runs_on_all_gpus(scripts, tmp_path):
+    environment = variables_of(tmp_path) | {"FOREVER": "1", "GPUS": "0 1"}
+    (tmp_path / "results/a").mkdir(parents=True)
+    (tmp_path / "results/a/epoch10.pt").touch()  # nothing is estimated
+    process = subprocess.Popen(["bash", "run_all.sh"], cwd=tmp_path, env=environment)
+    while not (tmp_path / "log").exists() or (tmp_path / "log").read_text().count("train.py") < 2:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    assert subprocess.run(["pgrep", "-f", f"{tmp_path}/train.py"], capture_output=True).stdout
+    process.terminate()
+    assert process.wait(10) == 143
+    assert not subprocess.run(["pgrep", "-f", f"{tmp_path}/train.py"], capture_output=True).stdout
 
 
 def test_run_all_explains_itself(scripts):

@@ -1,0 +1,150 @@
+"""Several processes that train one run, each on a GPU of its own, by torch.distributed.
+
+    torchrun --nproc-per-node 2 train.py --unfreeze layer4
+
+Rank r of N holds the images i with i % N == r, and their features: the cache grows with the ranks.
+Gradients are averaged by DistributedDataParallel, an image counting the same in each batch. Where
+there is one process, every function here gives back what it was given.
+"""
+
+import atexit
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data import Images, UserError
+
+
+def joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def count() -> int:
+    return dist.get_world_size() if joined() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if joined() else 0
+
+
+def join(device: torch.device) -> torch.device:
+    """Join the processes that torchrun has started, if it has: rank 0 alone prints from now on.
+    Returns this one's device. Raises UserError."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type == "mps" or device.index is not None:
+        raise UserError(f"--device {device} is for one process: torchrun gives each its own GPU")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+    return device
+
+
+def told(value: object) -> object:
+    """What rank 0 has, on all ranks."""
+    if count() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def mine(values: torch.Tensor) -> torch.Tensor:
+    """Of something that all images have, [images, ...], what this rank's have."""
+    return values[rank() :: count()]
+
+
+def my_order(order: torch.Tensor, flips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of an epoch's order, int64 [images], and its flips, bool [images], this rank's, with its
+    images counted from 0."""
+    return order[order % count() == rank()] // count(), mine(flips)
+
+
+def sizes(images: int, batch_size: int) -> int | list[int]:
+    """How many images this rank's batches have; of all ranks together there are `images`. Every
+    rank has as many batches: one image more than the others have is in the last one."""
+    if count() == 1:
+        return batch_size
+    own = len(range(rank(), images, count()))
+    batches = -(-(images // count()) // batch_size)
+    return [batch_size] * (batches - 1) + [own - batch_size * (batches - 1)]
+
+
+def summed(*values: float) -> list[float]:
+    """Numbers, each summed over the ranks."""
+    if count() == 1:
+        return list(values)
+    box = torch.tensor(values, dtype=torch.float64, device=place())
+    dist.all_reduce(box)
+    return box.tolist()
+
+
+def place() -> str:
+    """Where the back end sends from: NCCL from the GPU, gloo from the host."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def agreed(values: tuple[float, ...], images: int, model: nn.Module) -> tuple[float, ...]:
+    """After an epoch: means over this rank's images become means over all ranks' images, and every
+    BatchNorm that is in train mode takes the mean of the ranks' running statistics."""
+    if count() == 1:
+        return values
+    for module in model.modules():
+        if module.training and getattr(module, "running_mean", None) is not None:
+            for running in (module.running_mean, module.running_var):
+                dist.all_reduce(running)
+                running /= count()
+    *sums, total = summed(*(value * images for value in values), images)
+    return tuple(one / total for one in sums)
+
+
+def share(images: Images) -> Images:
+    """All labels, and this rank's pixels."""
+    if count() == 1:
+        return images
+    return images._replace(pixels=mine(images.pixels).clone())
+
+
+class Together(nn.Module):
+    """A tail whose gradients are those of all ranks' batches as one, through
+    DistributedDataParallel, which takes the mean of the ranks' gradients: a rank's counts by the
+    images of its batch. BatchNorm sees its own rank's batch."""
+
+    def __init__(self, tail: nn.Module):
+        super().__init__()
+        self.tail = tail
+        self.synchronized = DistributedDataParallel(tail, broadcast_buffers=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return self.tail(x)
+        logits = self.synchronized(x)
+        images = torch.tensor(len(x), dtype=torch.float64, device=x.device)
+        dist.all_reduce(images)
+        weight = len(x) * count() / images
+        logits.register_hook(lambda gradient: gradient * weight.to(gradient.dtype))
+        return logits
+
+
+def together(tail: nn.Module) -> nn.Module:
+    return tail if count() == 1 else Together(tail)
+
+
+def gathered(rows: torch.Tensor) -> torch.Tensor:
+    """This rank's rows, [its images, ...], with those of the others in the order of all images."""
+    if count() == 1:
+        return rows
+    (total,) = map(int, summed(len(rows)))
+    padded = rows.new_zeros((-(-total // count()), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(count())]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]

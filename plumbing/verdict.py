@@ -1,0 +1,146 @@
+"""Which strategy a set of runs speaks for, in words.
+
+    for line in verdict(rows, checkpoints):
+        print(line)
+
+Runs are compared that differ in what learns, in its rates and in the seed, and in nothing else, at
+the longest length that all strategies have. From the simplest one on, each is compared with the
+best so far, image by image.
+"""
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from statistics import mean
+
+import torch
+
+CLEAR = 0.05  # how probable a difference may be by chance, and still be called more than chance
+VARIED = ("strategy", "learning_rates", "seed", "initial_network", "train_data")
+
+Runs = Sequence[tuple[dict, dict]]  # rows of summary.csv, each with its checkpoint
+
+
+def paired(correct: torch.Tensor, other: torch.Tensor) -> tuple[float, float, int, int]:
+    """How much more accurate one network is than another on the same images, its standard error,
+    and how many images only the one and only the other got right; bool [N] each. The images that
+    both get right, or both wrong, say nothing about the difference (McNemar 1947)."""
+    only, only_other = (correct & ~other).sum().item(), (other & ~correct).sum().item()
+    count = len(correct)
+    difference = (only - only_other) / count
+    variance = (only + only_other) / count - difference**2
+    return difference, (variance / count) ** 0.5, only, only_other
+
+
+def mcnemar(only: int, only_other: int) -> float:
+    """How probable it is that two equally good networks differ on images so unequally in number,
+    or more unequally: the exact binomial test, two-sided."""
+    count = only + only_other
+    at_most = sum(math.comb(count, number) for number in range(min(only, only_other) + 1))
+    return min(1.0, 2 * at_most / 2**count)
+
+
+def over_seeds(
+    correct: Sequence[torch.Tensor], other: Sequence[torch.Tensor]
+) -> tuple[float, float, float]:
+    """Difference, standard error and probability by chance of two strategies, whose runs got right
+    what bool [N] says, a seed each. With several seeds an image counts by how often it is right,
+    and the probability is the normal distribution's."""
+    if len(correct) == 1:
+        difference, error, only, only_other = paired(correct[0], other[0])
+        return difference, error, mcnemar(only, only_other)
+    each = torch.stack([one.double() - two.double() for one, two in zip(correct, other)]).mean(0)
+    difference, error = each.mean().item(), each.std(correction=0).item() / len(each) ** 0.5
+    if error == 0:
+        return difference, error, 1.0
+    return difference, error, math.erfc(abs(difference) / error / 2**0.5)
+
+
+class Candidate:
+    """The runs of one strategy at one length, in the order of their seeds."""
+
+    def __init__(self, name: str, runs: Runs):
+        runs = sorted(runs, key=lambda run: run[0]["seed"])
+        self.name, self.row = name, runs[0][0]
+        self.seeds = [row["seed"] for row, _ in runs]
+        self.correct = [saved["test_correct"] for _, saved in runs]
+        self.accuracy = mean(row["test_accuracy"] for row, _ in runs)
+        self.seconds = mean(row["seconds"] for row, _ in runs)
+        self.devices = {row["device"] for row, _ in runs}
+
+
+def comparable(runs: Runs) -> list[Candidate]:
+    """The strategies among runs that differ in nothing else, those with the fewest parameters to
+    learn first, with the seeds and the longest length that all of them have; or none."""
+    strategies = {}
+    for row, saved in runs:
+        key = row["trainable_parameters"], row["strategy"], row["learning_rates"]
+        strategies.setdefault(key, {})[row["epochs"], row["seed"]] = row, saved
+    shared = set.intersection(*(set(found) for found in strategies.values()))
+    longest = max((epochs for epochs, _ in shared), default=0)
+    rates = Counter(strategy for _, strategy, _ in strategies)
+    candidates = []
+    for (_, name, learning_rates), found in sorted(strategies.items(), key=lambda item: item[0]):
+        taken = [found[length, seed] for length, seed in shared if length == longest]
+        if rates[name] > 1:
+            name = f"{name} at {learning_rates}"
+        if taken:
+            candidates.append(Candidate(name, taken))
+    return candidates
+
+
+def verdict(rows: Sequence[dict], checkpoints: Sequence[dict]) -> Iterator[str]:
+    """Lines of at most 80 columns; none where no two strategies can be compared."""
+    groups = {}
+    for row, saved in zip(rows, checkpoints):
+        alike = {name: value for name, value in saved["settings"].items() if name not in VARIED}
+        groups.setdefault(repr(alike), []).append((row, saved))
+    for runs in groups.values():
+        candidates = comparable(runs)
+        if len(candidates) < 2:
+            continue
+        indent = "\nverdict  "
+        for sentence in sentences(candidates):
+            yield from textwrap.wrap(
+                sentence, 80, initial_indent=indent, subsequent_indent=" " * 11
+            )
+            indent = " " * 9
+
+
+def sentences(candidates: Sequence[Candidate]) -> Iterator[str]:
+    """What was compared; each with the best before it; and which one to take."""
+    best, *others = candidates
+    row, no_better = best.row, []
+    seeds = ", ".join(map(str, best.seeds))
+    yield (
+        f"{row['epochs']} epochs on {row['train_images']:,} pictures of {row['dataset']}, tested "
+        f"on {row['test_images']:,} others; seed {seeds}"
+    )
+    for candidate in others:
+        difference, error, chance = over_seeds(candidate.correct, best.correct)
+        yield (
+            f"{candidate.name} over {best.name}: {100 * difference:+.2f} ± {100 * error:.2f} "
+            f"points, {in_words(chance)}{cost(candidate, best)}"
+        )
+        if chance >= CLEAR:
+            no_better.append(candidate.name)
+        elif difference > 0:
+            best, no_better = candidate, []
+    yield f"so: {best.name}, {best.accuracy:.2%} right"
+    if no_better:
+        yield f"{' and '.join(no_better)}: not clearly better here, and it costs more"
+    yield "these test pictures were used to choose: of new ones expect a little less"
+
+
+def in_words(chance: float) -> str:
+    if chance >= CLEAR:
+        return f"which may be chance (p = {chance:.2f})"
+    return f"more than chance (p {'< 0.001' if chance < 0.001 else f'= {chance:.3f}'})"
+
+
+def cost(candidate: Candidate, best: Candidate) -> str:
+    """In seconds, where both ran on the same device."""
+    if candidate.devices | best.devices != best.devices or len(best.devices) > 1:
+        return ""
+    return f"; {candidate.seconds:,.0f} s instead of {best.seconds:,.0f}"

@@ -1,0 +1,210 @@
+"""One run on several processes, with gloo on the CPU: what two ranks learn, and what they keep."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SMALL, checkpoint, history
+from torch import nn
+
+import train
+from data import UserError
+from plumbing import ranks
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+COLUMNS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def torchrun(*words: str, **variables: str) -> subprocess.CompletedProcess:
+    command = [*TWO, "--master-addr", "127.0.0.1", "--master-port", free_port(), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
+    how = {"capture_output": True, "text": True, "env": environment, "timeout": 300}
+    return subprocess.run(command, **how)
+
+
+# ---------------------------------------------------------------- who has which images
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """two(rank): be that one of two ranks."""
+
+    def be(rank: int) -> None:
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        monkeypatch.setattr(ranks, "count", lambda: 2)
+
+    return be
+
+
+def test_one_process_is_left_as_it_is():
+    order, flips = torch.randperm(7), torch.rand(7) < 0.5
+    same = ranks.my_order(order, flips)
+    assert torch.equal(same[0], order) and torch.equal(same[1], flips)
+    assert ranks.sizes(7, 3) == 3 and ranks.mine(order).equal(order)
+    tail, values = nn.Linear(2, 2), (0.5, 0.25)
+    assert ranks.together(tail) is tail and ranks.agreed(values, 3, tail) is values
+    assert ranks.gathered(order) is order and ranks.told(values) is values
+    assert ranks.join(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("images", [2, 5, 12, 13, 24, 25, 27])
+def test_the_ranks_share_all_images_in_as_many_batches(two, images):
+    order, flips = torch.randperm(images), torch.rand(images) < 0.5
+    pixels, found, batches = torch.arange(images), [], []
+    for rank in (0, 1):
+        two(rank)
+        own, own_flips = ranks.my_order(order, flips)
+        sizes = ranks.sizes(images, 6)
+        batches.append(len(sizes))
+        assert sum(sizes) == len(own) == len(own_flips) and min(sizes) > 0 and max(sizes) <= 7
+        mine = ranks.mine(pixels)[own]
+        assert torch.equal(own_flips[own], flips[mine])
+        place = {image: number for number, image in enumerate(order.tolist())}
+        assert [place[image] for image in mine.tolist()] == sorted(map(place.get, mine.tolist()))
+        found += mine.tolist()
+    assert sorted(found) == list(range(images)) and batches[0] == batches[1]
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:1"])
+def test_a_device_that_not_all_ranks_can_have_is_refused(monkeypatch, device):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=f"--device {device} is for one process"):
+        ranks.join(torch.device(device))
+
+
+# ---------------------------------------------------------------- what they compute
+
+
+ALONE = """
+import sys, torch
+from torch import nn
+import torch.nn.functional as F
+from plumbing import ranks
+ranks.join(torch.device("cpu"))
+torch.manual_seed(0)
+x, y = torch.randn(13, 4, 3, 3, dtype=torch.float64), torch.randint(3, (13,))
+norm = nn.BatchNorm2d(4) if sys.argv[2] == "norm" else nn.Identity()
+tail = nn.Sequential(norm, nn.Flatten(), nn.Linear(36, 3)).double()
+wrapped = ranks.together(tail)
+optimizer = torch.optim.Adam(tail.parameters(), lr=0.01)
+losses = []
+for epoch in range(2):
+    order, flips = ranks.my_order(torch.randperm(13), torch.zeros(13, dtype=torch.bool))
+    total = 0
+    for some in order.split(ranks.sizes(13, 3)):
+        loss = F.cross_entropy(wrapped(ranks.mine(x)[some]), ranks.mine(y)[some])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(some)
+    losses.append(ranks.agreed((total / len(order),), len(order), tail)[0])
+with torch.no_grad():
+    logits = ranks.gathered(tail.eval()(ranks.mine(x)))
+torch.save((tail.state_dict(), losses, logits), f"{sys.argv[1]}/{ranks.rank()}.pt")
+"""
+
+
+def in_one_process(norm: bool) -> tuple[dict, list[float], torch.Tensor]:
+    """What the two ranks above should do, by the textbook: the gradient of the mean loss over the
+    images of both batches, each normalized by itself."""
+    torch.manual_seed(0)
+    x, y = torch.randn(13, 4, 3, 3, dtype=torch.float64), torch.randint(3, (13,))
+    first = nn.BatchNorm2d(4) if norm else nn.Identity()
+    tail = nn.Sequential(first, nn.Flatten(), nn.Linear(36, 3)).double()
+    optimizer = torch.optim.Adam(tail.parameters(), lr=0.01)
+    running, losses = [{}, {}], []
+    buffers = {name: value.clone() for name, value in tail.named_buffers()}
+    for _ in range(2):
+        order = torch.randperm(13)
+        halves = [order[order % 2 == rank] for rank in (0, 1)]
+        running = [{name: value.clone() for name, value in buffers.items()} for _ in halves]
+        total = 0
+        for both in zip(halves[0].split([3, 4]), halves[1].split([3, 3])):
+            summed = 0
+            for rank, some in enumerate(both):
+                logits = torch.func.functional_call(tail, running[rank], x[some])
+                summed = summed + F.cross_entropy(logits, y[some], reduction="sum")
+            optimizer.zero_grad()
+            (summed / sum(map(len, both))).backward()
+            optimizer.step()
+            total += summed.item()
+        losses.append(total / 13)
+        for name in buffers:
+            average = (running[0][name] + running[1][name]) / 2
+            buffers[name] = average.to(buffers[name].dtype)
+    with torch.no_grad():
+        state = dict(tail.named_parameters()) | buffers
+        logits = torch.func.functional_call(tail.eval(), buffers, x)
+    return state, losses, logits
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_two_ranks_learn_what_one_process_learns_from_both_batches(tmp_path, norm):
+    (tmp_path / "alone.py").write_text(ALONE)
+    done = torchrun(str(tmp_path / "alone.py"), str(tmp_path), "norm" if norm else "none")
+    assert done.returncode == 0, done.stderr
+    expected, losses, logits = in_one_process(norm)
+    for rank in (0, 1):
+        state, found, gathered = torch.load(tmp_path / f"{rank}.pt")
+        assert state.keys() == expected.keys()
+        for name, value in state.items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-12)
+        assert found == pytest.approx(losses, abs=1e-12)
+        torch.testing.assert_close(gathered, logits, rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------- a run
+
+
+WORDS = [*SMALL, "--image-size", "32", "--train-size", "61", "--batch-size", "10"]
+WORDS += ["--unfreeze", "layer4", "--precision", "fp32", "--device", "cpu"]
+
+
+def test_a_run_on_two_ranks_is_told_once_kept_once_and_goes_on(tmp_path):
+    script, out = str(ROOT / "train.py"), str(tmp_path / "parts")
+    whole = torchrun(script, *WORDS, "--epochs", "3", "--out", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("61 train and") == 1 and whole.stdout.count("saved") == 1
+    torchrun(script, *WORDS, "--epochs", "1", "--out", out)
+    torchrun(script, *WORDS, "--epochs", "1", "3", "--out", out, "--resume")
+    (folder,), (parts,) = (tmp_path / "whole").glob("s*"), (tmp_path / "parts").glob("s*")
+    assert "-r2" in folder.name and {file.name for file in parts.iterdir()} == {
+        *("history.csv", "epoch1.pt", "epoch3.pt")
+    }
+    assert history(folder, *COLUMNS) == history(parts, *COLUMNS)
+    one, other = checkpoint(folder), checkpoint(parts)
+    for name, value in one["model"].items():
+        assert torch.equal(value, other["model"][name])
+    assert len(one["test_correct"]) == 500 and one["settings"]["ranks"] == 2
+    pretrained = train.freeze.build("resnet18", 10, None, 0).state_dict()
+    for name, value in one["model"].items():
+        if name.startswith(("conv1", "bn1", "layer1", "layer2", "layer3")):
+            assert torch.equal(value, pretrained[name])
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path):
+    (tmp_path / "dies.py").write_text(
+        "import os, sys, train\n"
+        "from plumbing import ranks\n"
+        "from plumbing.command import command\n"
+        "agreed = ranks.agreed\n"
+        "def dies(*given):\n"
+        "    if ranks.rank() == 1:\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return agreed(*given)\n"
+        "ranks.agreed = dies\n"
+        "command(lambda: train.main(sys.argv[1:]), '', '')\n"
+    )
+    done = torchrun(str(tmp_path / "dies.py"), *WORDS, "--out", str(tmp_path))
+    assert done.returncode != 0 and "Signal 9" in done.stderr
+    assert not list(tmp_path.glob("*/epoch*.pt"))

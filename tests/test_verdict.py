@@ -1,0 +1,133 @@
+"""Which strategy a set of runs speaks for."""
+
+import math
+
+import pytest
+import torch
+
+from plumbing import verdict as words
+from plumbing.verdict import comparable, mcnemar, over_seeds, paired, verdict
+
+PARAMETERS = {"fc": 5, "fc+layer4": 400, "fc+layer3+layer4": 900}
+IMAGES = 1000
+
+
+def right(count: int, start: int = 0) -> torch.Tensor:
+    """bool [IMAGES]: so many in a row are right."""
+    correct = torch.zeros(IMAGES, dtype=torch.bool)
+    correct[start : start + count] = True
+    return correct
+
+
+def run(strategy: str, correct: torch.Tensor, seed=0, epochs=10, rates="", **other):
+    """A row of summary.csv and its checkpoint."""
+    row = {"strategy": strategy, "learning_rates": rates, "seed": seed, "epochs": epochs}
+    row |= {"trainable_parameters": PARAMETERS[strategy], "device": "a card", "dataset": "cats"}
+    row |= {"train_images": 2000, "test_images": IMAGES, "seconds": PARAMETERS[strategy] / 10}
+    row["test_accuracy"] = correct.double().mean().item()
+    settings = {"strategy": strategy, "seed": seed, "image_size": 224, "test_data": "a"}
+    settings |= {"learning_rates": rates, "initial_network": str(seed), "train_data": str(seed)}
+    return row | other, {"settings": settings | other, "test_correct": correct}
+
+
+def said(*runs: tuple[dict, dict]) -> str:
+    rows, checkpoints = zip(*runs)
+    lines = list(verdict(rows, checkpoints))
+    assert all(len(line) <= 80 for text in lines for line in text.split("\n"))
+    return " ".join(" ".join(lines).split())
+
+
+FC, LAYER4 = run("fc", right(800)), run("fc+layer4", right(900))
+
+
+def test_a_clear_difference():
+    assert said(FC, LAYER4) == (
+        "verdict 10 epochs on 2,000 pictures of cats, tested on 1,000 others; seed 0 "
+        "fc+layer4 over fc: +10.00 ± 0.95 points, more than chance (p < 0.001); 40 s instead of 0 "
+        "so: fc+layer4, 90.00% right "
+        "these test pictures were used to choose: of new ones expect a little less"
+    )
+
+
+def test_a_difference_within_its_error_names_the_cheaper_one():
+    text = said(run("fc+layer3+layer4", right(905, 2)), LAYER4, FC)
+    assert "fc+layer3+layer4 over fc+layer4: +0.50 ± 0.30 points, which may be chance" in text
+    assert "so: fc+layer4, 90.00% right" in text
+    assert "fc+layer3+layer4: not clearly better here, and it costs more" in text
+
+
+def test_each_is_compared_with_the_best_before_it():
+    text = said(
+        run("fc", right(900)), run("fc+layer4", right(800)), run("fc+layer3+layer4", right(950))
+    )
+    assert "fc+layer4 over fc: -10.00 ± 0.95 points, more than chance" in text
+    assert "fc+layer3+layer4 over fc: +5.00" in text and "so: fc+layer3+layer4, 95.00%" in text
+    assert "not clearly better" not in text
+
+
+def test_the_longest_length_and_the_seeds_that_all_have():
+    runs = [
+        run(name, right(800), seed, epochs)
+        for name in ("fc", "fc+layer4")
+        for seed in (0, 1, 2)
+        for epochs in (10, 50)
+    ]
+    text = said(*runs, run("fc", right(1), 3, 50), run("fc", right(1), 0, 99))
+    assert "verdict 50 epochs" in text and "seed 0, 1, 2" in text
+    partly = [one for one in runs if one[0]["epochs"] == 10 or one[0]["strategy"] == "fc"]
+    assert "verdict 10 epochs" in said(*partly)
+
+
+def test_the_same_stages_at_other_rates_are_another_strategy():
+    text = said(
+        run("fc+layer4", right(800), rates="fc=1"), run("fc+layer4", right(900), rates="fc=2")
+    )
+    assert "fc+layer4 at fc=2 over fc+layer4 at fc=1: +10.00" in text
+
+
+@pytest.mark.parametrize("other", [{"image_size": 112}, {"test_data": "b"}])
+def test_what_differs_in_more_is_not_compared(other):
+    assert said(FC, run("fc+layer4", right(900), **other)) == ""
+
+
+def test_no_verdict_without_two_strategies_or_a_length_in_common():
+    assert said(FC) == said(FC, run("fc", right(800), epochs=50)) == ""
+    assert said(FC, run("fc+layer4", right(900), epochs=50)) == ""
+
+
+def test_seconds_of_different_devices_are_not_compared():
+    assert "instead of" not in said(FC, run("fc+layer4", right(900), device="another"))
+
+
+def test_a_paired_difference_and_its_error():
+    one = torch.tensor([True] * 9 + [False])
+    other = torch.tensor([True] * 5 + [False] * 4 + [True])
+    deviation = (one.double() - other.double()).std(correction=0).item()
+    expected = (pytest.approx(0.3), pytest.approx(deviation / 10**0.5), 4, 1)
+    assert paired(one, other) == expected
+    assert paired(one, one) == (0, 0, 0, 0)
+
+
+def test_mcnemar_is_the_binomial_test():
+    assert mcnemar(0, 0) == mcnemar(3, 3) == 1
+    assert mcnemar(5, 0) == mcnemar(0, 5) == pytest.approx(2 / 32)
+    assert mcnemar(1, 8) == pytest.approx(2 * (1 + 9) / 2**9)
+    expected = math.erfc(100 / 1900**0.5 / 2**0.5)  # for many images nearly normal
+    assert mcnemar(1000, 900) == pytest.approx(expected, rel=0.1)
+
+
+def test_over_seeds_an_image_counts_by_how_often_it_is_right():
+    torch.manual_seed(0)
+    ours, theirs = torch.rand(3, 500) < 0.6, torch.rand(3, 500) < 0.5
+    each = (ours.double() - theirs.double()).mean(0)
+    difference, error, chance = over_seeds(list(ours), list(theirs))
+    assert difference == pytest.approx(each.mean().item())
+    assert error == pytest.approx(each.std(correction=0).item() / 500**0.5)
+    assert chance == pytest.approx(math.erfc(difference / error / 2**0.5)) and chance < words.CLEAR
+    assert over_seeds(list(ours), list(ours)) == (0, 0, 1)
+    assert over_seeds([ours[0]], [theirs[0]])[2] == mcnemar(*paired(ours[0], theirs[0])[2:])
+
+
+def test_the_simplest_comes_first():
+    found = comparable([run("fc+layer3+layer4", right(1)), run("fc", right(1)), LAYER4])
+    assert [candidate.name for candidate in found] == ["fc", "fc+layer4", "fc+layer3+layer4"]
