@@ -12,7 +12,7 @@ import torch
 from torchvision.datasets.utils import check_integrity
 
 from data import CIFAR, Images, UserError, cifar, stratified_subset
-from plumbing import drawn, pictures
+from plumbing import drawn, pictures, ranks
 from plumbing.files import fingerprint, locked
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic", "synthetic-other")
@@ -79,8 +79,8 @@ def load_both(args: Namespace) -> tuple[Images, Images]:
         raise UserError(f"{only}: telling classes apart takes two")
     args.train_images = len(train.labels)
     layer4_learns = "layer4" in args.unfreeze or args.frozen_batchnorm == "train"
-    last_batch = len(train.labels) % args.batch_size
-    if 1 in (last_batch, args.batch_size) and args.image_size == 32 and layer4_learns:
+    smallest = ranks.smallest(len(train.labels), args.batch_size)
+    if smallest == 1 and args.image_size == 32 and layer4_learns:
         raise UserError(
             f"--batch-size {args.batch_size} leaves a batch of one of the {len(train.labels)} "
             "images, from which layer4's BatchNorm cannot learn at --image-size 32: change either"

@@ -73,9 +73,19 @@ def sizes(images: int, batch_size: int) -> int | list[int]:
     rank has as many batches: one image more than the others have is in the last one."""
     if count() == 1:
         return batch_size
+    if images < count():
+        raise UserError(f"{images} images are too few for {count()} processes")
     own = len(range(rank(), images, count()))
     batches = -(-(images // count()) // batch_size)
     return [batch_size] * (batches - 1) + [own - batch_size * (batches - 1)]
+
+
+def smallest(images: int, batch_size: int) -> int:
+    """How many images the smallest batch of any rank has."""
+    fewest = images // count()  # of a rank
+    if count() == 1:
+        return fewest % batch_size or min(fewest, batch_size)
+    return fewest - batch_size * (-(-fewest // batch_size) - 1)
 
 
 def summed(*values: float) -> list[float]:

@@ -81,7 +81,7 @@ def test_runs_are_compared_image_by_image(run, tmp_path, capsys):
     assert (row["epochs"], row["other_epochs"]) == ("1", "1")
     difference, error = float(row["difference"]), float(row["standard_error"])
     line = f"{100 * difference:+.2f} ± {100 * error:.2f} points"
-    assert capsys.readouterr().out.count(line) == 1
+    assert capsys.readouterr().out.count(line) == 2  # of the pair, and in the verdict
 
 
 def test_what_was_right_in_the_log_is_what_is_right_when_scored(finished):

@@ -182,7 +182,7 @@ def test_a_run_on_two_ranks_is_told_once_kept_once_and_goes_on(tmp_path):
         *("history.csv", "epoch1.pt", "epoch3.pt")
     }
     assert history(folder, *COLUMNS) == history(parts, *COLUMNS)
-    one, other = checkpoint(folder), checkpoint(parts)
+    one, other = checkpoint(folder, 3), checkpoint(parts, 3)
     for name, value in one["model"].items():
         assert torch.equal(value, other["model"][name])
     assert len(one["test_correct"]) == 500 and one["settings"]["ranks"] == 2

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 import freeze
-from study import benchmark, textbook
+from study import benchmark, estimate, textbook
 
 LITTLE = ("--dataset", "synthetic", "--weights", "none", "--image-size", "32", "--train-size", "40")
 LITTLE += ("--batch-size", "16", "--precision", "fp32", "--device", "cpu")
@@ -157,6 +157,27 @@ def test_figures_are_medians_and_measure_all_there_was():
     assert figures["seconds_per_epoch"] == 3.0 and figures["eval_seconds"] == 1.5
     assert figures["measured_seconds"] == pytest.approx(7 + 14 + 4)
     assert figures["train_loss"] == 3.0 and figures["test_accuracy"] == 0.25
+
+
+def test_an_estimate_is_of_everything_that_a_run_computes(monkeypatch, capsys):
+    """One second for every call that is timed: a picture of the prefix, a step, a batch tested."""
+    monkeypatch.setattr(estimate, "seconds", lambda function: function() is None or 1.0)
+    words = ["--dataset", "synthetic", "--weights", "none", "--image-size", "32"]
+    words += ["--train-size", "200", "--batch-size", "10", "--epochs", "2", "50"]
+    estimate.main([*words, "--strategies", "fc+layer4", "--times", "3"])
+    fill, epoch = (2 * 200 + 60) / 16, 200 / 10 + 60 / 10
+    first, last, *_ = capsys.readouterr().out.splitlines()
+    whole = estimate.duration(3 * (fill + 50 * epoch))
+    assert first == f"estimate fc+layer4        {whole:>7}, an epoch {estimate.duration(epoch)}"
+    assert last.startswith(f"         in all {whole} on this CPU")
+    estimate.main([*words, "--strategies", "fc+layer4", "--cache", "off"])
+    assert estimate.duration(50 * (epoch + (200 + 60) / 16)) in capsys.readouterr().out
+
+
+def test_nothing_is_estimated_on_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(estimate.machine, "pick_device", lambda _: torch.device("cuda"))
+    estimate.main(["--dataset", "synthetic"])
+    assert capsys.readouterr().out == ""
 
 
 def test_flops_are_counted_as_by_hand():
