@@ -24,6 +24,8 @@ SMALL += ("--batch-size", "25", "--epochs", "2", "--device", "cpu", "--precision
 # Cases of which a quicker one of the same kind always runs, beside those marked slow.
 SLOW = {
     "test_a_rank_that_dies_ends_the_others",
+    "test_a_run_on_two_ranks_is_told_once_kept_once_and_goes_on",
+    "test_pretraining_on_other_pictures_helps",
     "test_a_reader_that_never_was",
     "test_a_run_that_is_told_to_stop_says_how_to_go_on[15-143]",
     "test_a_short_run_goes_on_to_a_longer_one[more1]",

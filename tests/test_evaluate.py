@@ -76,7 +76,7 @@ def test_the_csv_has_a_row_for_each_checkpoint(finished, copied, tmp_path):
     one, two = rows(summary)
     assert list(one) == [
         *("run", "epochs", "dataset", "strategy", "model", "weights", "image_size", "batch_size"),
-        *("learning_rates", "frozen_batchnorm", "precision", "seed", "train_images"),
+        *("learning_rates", "frozen_batchnorm", "precision", "seed", "ranks", "train_images"),
         *("test_images", "train_loss", "test_loss", "test_accuracy", "trainable_parameters"),
         *("seconds", "device", "torch"),
     ]

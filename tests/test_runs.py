@@ -474,7 +474,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(run, monkeypatch
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, number, status):
     process = start_script("train.py", *QUICK, "--epochs", "1000", "--out", str(tmp_path))
-    while not process.stdout.readline().startswith("   2/1000"):
+    while not process.stdout.readline().startswith("   1/1000"):
         assert process.poll() is None
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
@@ -485,7 +485,7 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, number, status):
     assert names(folder) == {"history.csv", "latest.pt"}
     saved = torch.load(folder / "latest.pt", weights_only=True)["history"]
     rows = history(folder, *LOSSES)
-    assert len(rows) >= 2 and 1 <= len(saved) <= len(rows)
+    assert len(rows) >= 1 and 1 <= len(saved) <= len(rows)
     assert [[row[name] for name in LOSSES] for row in saved] == rows[: len(saved)]
 
 
