@@ -10,6 +10,7 @@ there is one process, every function here gives back what it was given.
 import atexit
 import os
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -131,6 +132,7 @@ class Together(nn.Module):
     def __init__(self, tail: nn.Module):
         super().__init__()
         self.tail = tail
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.14
         self.synchronized = DistributedDataParallel(tail, broadcast_buffers=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
