@@ -8,8 +8,10 @@ fetching the numbers takes longer, and for the weights' gradient oneDNN fetches 
 
 * 3x3 with stride 1, in fp32: Winograd's F(4x4, 3x3) (Lavin and Gray 2016, arXiv:1509.09308). A
   tile of 4 x 4 outputs takes 6 x 6 multiplications in place of 4 x 4 x 9. PyTorch never takes it.
-* Small maps, and the weights' gradient of those up to 7x7: one matrix product, of the weights with
-  the patches that they meet, a patch a row.
+  A training step of fc+layer4 is 1.8 times as fast (2 cores held to AVX2, batch 128).
+* The weights' gradient of maps up to 7x7, and all of those up to 4x4: one matrix product with the
+  patches that the kernel meets, a patch a row. A step of fc+layer4 is 1.4 times as fast at 224
+  pixels, 2.4 times at 64 (2 cores with AMX, bf16).
 * Everything else, and everything on other devices: F.conv2d.
 
 Imports torch only: copy it into yours.
