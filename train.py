@@ -88,7 +88,7 @@ def train_epoch(
 def main(argv: list[str] | None = None) -> None:
     # What is asked for, and on which machine.
     args = flags.parse(__doc__, RECIPE, argv)
-    device = ranks.join(machine.pick_device(args.device))  # one process, or torchrun's
+    device = ranks.join(args.device)  # one process, or torchrun's
     args.precision = machine.pick_precision(args.precision, device)
     machine.tune(device)
 

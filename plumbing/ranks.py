@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Images, UserError
+from plumbing.machine import pick_device
 
 
 def joined() -> bool:
@@ -32,16 +33,21 @@ def rank() -> int:
     return dist.get_rank() if joined() else 0
 
 
-def join(device: torch.device) -> torch.device:
+def join(name: str) -> torch.device:
     """Join the processes that torchrun has started, if it has: rank 0 alone prints from now on.
-    Returns this one's device. Raises UserError."""
+    name: what --device says. Returns this process's device. Raises UserError."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
-    if device.type == "mps" or device.index is not None:
-        raise UserError(f"--device {device} is for one process: torchrun gives each its own GPU")
+        return pick_device(name)
+    if name not in ("auto", "cuda", "cpu"):
+        raise UserError(f"--device {name} is for one process: torchrun gives each its own GPU")
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if name != "cpu" and gpus:
+        if local >= gpus:
+            raise UserError(f"--nproc-per-node asks for more processes than there are GPUs, {gpus}")
+        torch.cuda.set_device(local)
+    device = pick_device(name)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", local)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)
     if rank():

@@ -67,7 +67,8 @@ def cost(strategy: str, both: tuple[Images, Images], args: Namespace) -> tuple[f
 
     some = torch.arange(inputs.chunk) % len(inputs)
     one = seconds(lambda: inputs.compute(some)) / len(some)
-    x, y = inputs(torch.arange(args.batch_size) % len(inputs)), both[0].labels[: args.batch_size]
+    batch = torch.arange(args.batch_size) % len(inputs)
+    x, y = inputs(batch), both[0].labels[batch]
     optimizer = train.OPTIMIZER(freeze.param_groups(model, args.rates))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     autocast = machine.autocast(device, args.precision)

@@ -184,6 +184,13 @@ def test_a_full_memory_while_a_graph_is_recorded_is_known():
     assert machine.memory_is_full(raised.value)
 
 
+def test_the_processes_of_one_run_share_the_host_s_memory(monkeypatch):
+    monkeypatch.setattr(machine, "available", lambda: 100)
+    assert machine.free_memory("host", CPU, HERE) == 100
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert machine.free_memory("host", CPU, HERE) == 25
+
+
 def test_free_memory_is_within_the_machine_s():
     all_there_is = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 2**20 < machine.free_memory("host", CPU, HERE) <= all_there_is

@@ -54,7 +54,7 @@ def test_one_process_is_left_as_it_is():
     tail, values = nn.Linear(2, 2), (0.5, 0.25)
     assert ranks.together(tail) is tail and ranks.agreed(values, 3, tail) is values
     assert ranks.gathered(order) is order and ranks.told(values) is values
-    assert ranks.join(torch.device("cpu")) == torch.device("cpu")
+    assert ranks.join("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("images", [2, 5, 12, 13, 24, 25, 27])
@@ -79,7 +79,31 @@ def test_the_ranks_share_all_images_in_as_many_batches(two, images):
 def test_a_device_that_not_all_ranks_can_have_is_refused(monkeypatch, device):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=f"--device {device} is for one process"):
-        ranks.join(torch.device(device))
+        ranks.join(device)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--nproc-per-node asks for more processes .*, 2"):
+        ranks.join("auto")
+
+
+def test_fewer_images_than_ranks_are_refused(two):
+    two(0)
+    with pytest.raises(UserError, match="1 images are too few for 2 processes"):
+        ranks.sizes(1, 4)
+
+
+@pytest.mark.parametrize("images", [2, 20, 21, 22, 23, 24, 25])
+def test_the_smallest_batch_is_known(two, images):
+    assert ranks.smallest(images, 6) == min(len(part) for part in torch.arange(images).split(6))
+    smallest = []
+    for rank in (0, 1):
+        two(rank)
+        smallest += ranks.sizes(images, 6)
+    assert ranks.smallest(images, 6) == min(smallest)
 
 
 # ---------------------------------------------------------------- what they compute
@@ -90,7 +114,7 @@ import sys, torch
 from torch import nn
 import torch.nn.functional as F
 from plumbing import ranks
-ranks.join(torch.device("cpu"))
+ranks.join("cpu")
 torch.manual_seed(0)
 x, y = torch.randn(13, 4, 3, 3, dtype=torch.float64), torch.randint(3, (13,))
 norm = nn.BatchNorm2d(4) if sys.argv[2] == "norm" else nn.Identity()
