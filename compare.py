@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     lines = list(verdict(rows, runs))
     if args.paired or not lines:
         report_pairs(args.paired, rows, runs)
-    print("\n".join(lines))
+    for line in lines:
+        print(line)
     if failed:
         sys.exit(2)
 

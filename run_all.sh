@@ -61,7 +61,7 @@ if [ "$demo" ]; then
         --dataset synthetic-other --weights none --image-size 32 --train-size 2000 --batch-size 50 \
         --unfreeze stem layer1 layer2 layer3 layer4 --epochs 3 --out "$out/pretraining" --resume \
         --lr stem=1e-3 layer1=1e-3 layer2=1e-3 layer3=1e-3 layer4=1e-3
-    cp "$out"/pretraining/*/epoch3.pt "$out/pretrained.pt"
+    cp "$(ls -t "$out"/pretraining/*/epoch3.pt | head -1)" "$out/pretrained.pt"
     echo
 fi
 
@@ -82,6 +82,14 @@ for seed in ${SEEDS:-0}; do
     done
 done
 
+# Everything into a file; of the epochs a line each, with the run's folder before it. Hears a run
+# out that is stopped.
+log() (
+    trap "" INT TERM
+    tee "$1" | awk -v out="$out/" 'index($0, out) == 1 && !run { run = $0 }
+        $1 ~ "^[0-9]+/[0-9]+$" { print run, $0; fflush() }'
+)
+
 # For each GPU a worker, which takes the next run that none has taken.
 worker() {
     set +m # what it runs is of its group
@@ -91,8 +99,7 @@ worker() {
         [ -z "$stopped" ] || break
         mkdir "$claims/$i" 2>/dev/null || continue
         echo "GPU $1: ${commands[i]}"
-        CUDA_VISIBLE_DEVICES=$1 bash -c "exec ${commands[i]}" 2>&1 | tee "$out/run$i.log" |
-            awk 'NR == 1 { run = $0 } $1 ~ "^[0-9]+/[0-9]+$" { print run, $0; fflush() }' ||
+        CUDA_VISIBLE_DEVICES=$1 bash -c "exec ${commands[i]}" 2>&1 | log "$out/run$i.log" ||
             echo "failed: see $out/run$i.log: ${commands[i]}" >>"$claims/failed"
     done
 }
@@ -104,11 +111,12 @@ fi
 if [ ! "$demo" ] && ! ls "$out"/*/epoch10.pt >/dev/null 2>&1; then
     seeds=(${SEEDS:-0})
     started "$python" -m study.estimate --strategies "${strategies[@]}" --times ${#seeds[@]} \
-        --epochs 50 ${extra[@]+"${extra[@]}"}
+        --epochs 50 --out "$out" ${extra[@]+"${extra[@]}"}
 fi
 if [ "${GPUS:-}" ]; then
     mkdir -p "$out"
     claims=$(mktemp -d)
+    export LOCAL_WORLD_SIZE=$(echo "$GPUS" | wc -w) # which share the host's memory
     set -m # a group of processes for each worker, so that they can be stopped together
     for gpu in $GPUS; do
         worker "$gpu" &
@@ -119,6 +127,7 @@ if [ "${GPUS:-}" ]; then
         cat "$claims/failed" >&2
         exit 1
     fi
+    rm -r "$claims"
 else
     for command in "${commands[@]}"; do
         eval "started $command"

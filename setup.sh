@@ -22,9 +22,9 @@ for candidate in python python3 "$here/.venv/bin/python" "$here/.venv/Scripts/py
     fi
 done
 if [ -z "$python" ]; then
-    echo "No Python here has $wanted: installing requirements.txt into"
-    echo "$here/.venv (once, some minutes, 5 GB). Without a GPU a smaller torch is enough:"
-    echo "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+    echo "No Python here has $wanted: installing requirements.txt into" >&2
+    echo "$here/.venv (once, some minutes, 5 GB). Without a GPU a smaller torch is enough:" >&2
+    echo "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu" >&2
     { python3 -m venv --clear "$here/.venv" || python -m venv --clear "$here/.venv"; } || exit 1
     python="$here/.venv/bin/python"
     [ -x "$python" ] || python="$here/.venv/Scripts/python"

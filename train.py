@@ -100,8 +100,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # The run's folder, which knows how far the run has come.
     with Run(args, settings_of(args, train, test, model)) as run:
+        train, test = ranks.shard(train), ranks.shard(test)
         if run.missing:
-            fine_tune(run, model, ranks.share(train), ranks.share(test), args, device)
+            fine_tune(run, model, train, test, args, device)
         else:
             print(f"{run.folder}: finished")
 
@@ -175,5 +176,5 @@ if __name__ == "__main__":
     command(
         main,
         when_stopped="to go on after the last epoch kept, run the same command with --resume",
-        when_full="lower --batch-size or --image-size, or try --cache off",
+        when_full="lower --batch-size or --image-size, or try --cache host or off",
     )

@@ -33,7 +33,7 @@ def keep(
     shares, why = choose(wanted, features, device, folder)
     print(f"cache    {why}", flush=True)
     start = time.monotonic()
-    features, computed = fill_all(features, shares, device, folder)
+    features, shares, computed = fill_all(features, shares, device, folder)
     seconds = time.monotonic() - start
     if computed:
         print(f"         filled in {seconds:.1f} s, {computed / seconds:,.0f} images/s", flush=True)
@@ -94,25 +94,26 @@ def share(
 ) -> tuple[dict[str, list[int]], str]:
     """By place, how many images of each it takes, the first place first; and that in words."""
     left, shares, found = [len(feature) for feature in features], {}, {}
+    spare = int(ROOM * max(1, (features[0].image_size / 224) ** 2))
     for place in places:
         free = free_memory(place, device, Path())
         taken = left
         found[place] = f"{WORDS[place]}, how much is free is not known"
         if free is not None:
-            taken = fitting(features, left, free - ROOM)
+            taken = fitting(features, left, free - spare)
             found[place] = f"{WORDS[place]}, {free / 1e9:.1f} GB were free"
         if any(taken):
             shares[place] = taken
             left = [count - kept for count, kept in zip(left, taken)]
     if any(left):
         shares["off"] = left
-    return shares, in_words(features, shares, found)
+    return shares, described(features, shares, found, spare)
 
 
-def in_words(
-    features: Sequence[Features], shares: dict[str, list[int]], found: dict[str, str]
+def described(
+    features: Sequence[Features], shares: dict[str, list[int]], found: dict[str, str], spare: int
 ) -> str:
-    """What a share comes to. found: by place, what was free there."""
+    """What the shares come to. found: by place, what was free there."""
     text = f"{sum(feature.bytes for feature in features) / 1e9:.2f} GB of features"
     first, *others = shares
     hint = " (--cache disk takes a file)" if "off" in shares else ""
@@ -122,7 +123,7 @@ def in_words(
         return f"{text}, of {total:,} images {', '.join(counts)}{hint}"
     if first == "off":
         places = "; ".join(found.values())
-        return f"off, {text} and {ROOM / 1e9:.1f} GB to spare do not fit {places}{hint}"
+        return f"off, {text} and {spare / 1e9:.1f} GB to spare do not fit {places}{hint}"
     return f"{text} {found[first]}"
 
 
@@ -143,9 +144,9 @@ def fill_all(
     device: torch.device,
     folder: Path,
     places: Sequence[str] = ("device", "host"),
-) -> tuple[list[Features | Joined], int]:
+) -> tuple[list[Features | Joined], dict[str, list[int]], int]:
     """Fill each place with its share, or if memory runs out in one after all, the others. Returns
-    the features, to be looked up, and how many were computed. Raises UserError."""
+    the features, to be looked up, their shares, and how many were computed. Raises UserError."""
     pieces, computed = [[] for _ in features], 0
     try:
         for place, counts in shares.items():
@@ -153,7 +154,7 @@ def fill_all(
                 if count:
                     own.append(piece(feature, sum(map(len, own)), count))
                     computed += fill(own[-1], place, device, folder)
-        return [joined(own) for own in pieces], computed
+        return [joined(own) for own in pieces], shares, computed
     except (RuntimeError, MemoryError) as error:
         if not memory_is_full(error):
             raise
@@ -162,7 +163,8 @@ def fill_all(
     places = [other for other in places if other != place]
     shares, why = choose("auto", features, device, folder, places)
     progress()
-    print(f"         does not fit {WORDS[place]} after all: {why}", flush=True)
+    where = WORDS.get(place, f"in {folder}")
+    print(f"         does not fit {where} after all: {why}", flush=True)
     return fill_all(features, shares, device, folder, places)
 
 

@@ -78,6 +78,8 @@ def load_both(args: Namespace) -> tuple[Images, Images]:
         only = f"{args.data_dir} holds one class, {train.classes[0]}"
         raise UserError(f"{only}: telling classes apart takes two")
     args.train_images = len(train.labels)
+    if (fewest := min(len(train.labels), len(test.labels))) < ranks.count():
+        raise UserError(f"{fewest} images are too few for {ranks.count()} processes")
     layer4_learns = "layer4" in args.unfreeze or args.frozen_batchnorm == "train"
     smallest = ranks.smallest(len(train.labels), args.batch_size)
     if smallest == 1 and args.image_size == 32 and layer4_learns:

@@ -134,8 +134,9 @@ def free_memory(place: str, device: torch.device, folder: Path) -> int | None:
     """Bytes that can be allocated without swapping on the "device" (CUDA's; Apple's GPUs share
     the host's), the "host", or the "disk" that `folder` is on or will be; None where the system
     does not tell."""
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, by torchrun
     if place == "disk":
-        return shutil.disk_usage(nearest(folder)).free
+        return shutil.disk_usage(nearest(folder)).free // sharing
     if place == "device" and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     estimates = []
@@ -145,7 +146,7 @@ def free_memory(place: str, device: torch.device, folder: Path) -> int | None:
     known = [estimate for estimate in estimates if estimate is not None]
     if not known:
         return None
-    return min(known) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, which share it
+    return min(known) // sharing
 
 
 def available() -> int | None:

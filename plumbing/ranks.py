@@ -7,7 +7,6 @@ Gradients are averaged by DistributedDataParallel, an image counting the same in
 there is one process, every function here gives back what it was given.
 """
 
-import atexit
 import os
 import sys
 import warnings
@@ -21,16 +20,16 @@ from data import Images, UserError
 from plumbing.machine import pick_device
 
 
-def joined() -> bool:
+def several() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 def count() -> int:
-    return dist.get_world_size() if joined() else 1
+    return dist.get_world_size() if several() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if joined() else 0
+    return dist.get_rank() if several() else 0
 
 
 def join(name: str) -> torch.device:
@@ -49,10 +48,15 @@ def join(name: str) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", local)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(dist.destroy_process_group)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     return device
+
+
+def leave() -> None:
+    """At the end of a run that went well: after an error NCCL would wait here for the others."""
+    if several():
+        dist.destroy_process_group()
 
 
 def told(value: object) -> object:
@@ -80,8 +84,6 @@ def sizes(images: int, batch_size: int) -> int | list[int]:
     rank has as many batches: one image more than the others have is in the last one."""
     if count() == 1:
         return batch_size
-    if images < count():
-        raise UserError(f"{images} images are too few for {count()} processes")
     own = len(range(rank(), images, count()))
     batches = -(-(images // count()) // batch_size)
     return [batch_size] * (batches - 1) + [own - batch_size * (batches - 1)]
@@ -90,8 +92,6 @@ def sizes(images: int, batch_size: int) -> int | list[int]:
 def smallest(images: int, batch_size: int) -> int:
     """How many images the smallest batch of any rank has."""
     fewest = images // count()  # of a rank
-    if count() == 1:
-        return fewest % batch_size or min(fewest, batch_size)
     return fewest - batch_size * (-(-fewest // batch_size) - 1)
 
 
@@ -99,13 +99,13 @@ def summed(*values: float) -> list[float]:
     """Numbers, each summed over the ranks."""
     if count() == 1:
         return list(values)
-    box = torch.tensor(values, dtype=torch.float64, device=place())
+    box = torch.tensor(values, dtype=torch.float64, device=sends_from())
     dist.all_reduce(box)
     return box.tolist()
 
 
-def place() -> str:
-    """Where the back end sends from: NCCL from the GPU, gloo from the host."""
+def sends_from() -> str:
+    """Where NCCL and gloo want numbers that are to be sent."""
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
@@ -123,7 +123,7 @@ def agreed(values: tuple[float, ...], images: int, model: nn.Module) -> tuple[fl
     return tuple(one / total for one in sums)
 
 
-def share(images: Images) -> Images:
+def shard(images: Images) -> Images:
     """All labels, and this rank's pixels."""
     if count() == 1:
         return images

@@ -65,8 +65,10 @@ class Run:
             self.held = stack.pop_all()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error: type | None, *_) -> None:
         self.held.close()
+        if error is None:
+            ranks.leave()
 
     def look(self) -> None:
         """Find out what is there already, and what of it to go on from."""

@@ -6,6 +6,7 @@ inputs = joined(pieces)                 # to be looked up as Features are
 """
 
 import copy
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -30,11 +31,18 @@ def joined(pieces: Sequence[Features]) -> "Features | Joined":
     return pieces[0] if len(pieces) == 1 else Joined(pieces)
 
 
+def waits(part: Features) -> bool:
+    return part.store is None or part.store.is_cuda
+
+
 class Joined:
     """Looks up what Features look up, in pieces that follow each other."""
 
     def __init__(self, pieces: Sequence[Features]):
         self.pieces = pieces
+        firsts = itertools.accumulate([0, *map(len, pieces[:-1])])
+        # What waits for no GPU comes first, while the GPU is still busy with the step before.
+        self.hosted_first = sorted(zip(firsts, pieces), key=lambda pair: waits(pair[1]))
 
     def __len__(self) -> int:
         return sum(map(len, self.pieces))
@@ -45,14 +53,13 @@ class Joined:
         one = self.pieces[0]
         batch, height, width, channels = len(indices), *one.shape[1:]
         found = torch.empty((batch, height, width, channels), dtype=one.dtype, device=one.device)
-        found, first = found.permute(0, 3, 1, 2), 0
-        for part in self.pieces:
+        found = found.permute(0, 3, 1, 2)
+        for first, part in self.hosted_first:
             inside = (indices >= first) & (indices < first + len(part))
             places = inside.nonzero().flatten()
             if len(places):
                 here = part(indices[places] - first, flips[places])
                 found[places.to(one.device)] = here
-            first += len(part)
         return found
 
     def batches(

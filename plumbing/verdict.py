@@ -4,8 +4,7 @@
         print(line)
 
 Runs are compared that differ in what learns, in its rates and in the seed, and in nothing else, at
-the longest length that all strategies have. From the simplest one on, each is compared with the
-best so far, image by image.
+one length. From the simplest strategy on, each is compared with the best so far, image by image.
 """
 
 import math
@@ -37,7 +36,10 @@ def mcnemar(only: int, only_other: int) -> float:
     """How probable it is that two equally good networks differ on images so unequally in number,
     or more unequally: the exact binomial test, two-sided."""
     count = only + only_other
-    at_most = sum(math.comb(count, number) for number in range(min(only, only_other) + 1))
+    at_most = ways = 1  # ways to have so many of `count`, from none on
+    for number in range(1, min(only, only_other) + 1):
+        ways = ways * (count - number + 1) // number
+        at_most += ways
     return min(1.0, 2 * at_most / 2**count)
 
 
@@ -46,12 +48,16 @@ def over_seeds(
 ) -> tuple[float, float, float]:
     """Difference, standard error and probability by chance of two strategies, whose runs got right
     what bool [N] says, a seed each. With several seeds an image counts by how often it is right,
-    and the probability is the normal distribution's."""
+    the error is that of the choice of images and of seeds, and the probability is the normal
+    distribution's."""
     if len(correct) == 1:
         difference, error, only, only_other = paired(correct[0], other[0])
         return difference, error, mcnemar(only, only_other)
-    each = torch.stack([one.double() - two.double() for one, two in zip(correct, other)]).mean(0)
-    difference, error = each.mean().item(), each.std(correction=0).item() / len(each) ** 0.5
+    each = torch.stack([one.double() - two.double() for one, two in zip(correct, other)])
+    of_seeds, of_images = each.mean(1), each.mean(0)
+    difference = each.mean().item()
+    variance = of_images.var(correction=0) / len(of_images) + of_seeds.var() / len(of_seeds)
+    error = variance.item() ** 0.5
     if error == 0:
         return difference, error, 1.0
     return difference, error, math.erfc(abs(difference) / error / 2**0.5)
@@ -70,38 +76,46 @@ class Candidate:
         self.devices = {row["device"] for row, _ in runs}
 
 
-def comparable(runs: Runs) -> list[Candidate]:
+def comparable(runs: Runs) -> tuple[list[Candidate], list[str]]:
     """The strategies among runs that differ in nothing else, those with the fewest parameters to
-    learn first, with the seeds and the longest length that all of them have; or none."""
+    learn first, at the length that most of them have, the longest of these, with the seeds that
+    all of these have; and the names of the strategies without."""
     strategies = {}
     for row, saved in runs:
         key = row["trainable_parameters"], row["strategy"], row["learning_rates"]
-        strategies.setdefault(key, {})[row["epochs"], row["seed"]] = row, saved
-    shared = set.intersection(*(set(found) for found in strategies.values()))
-    longest = max((epochs for epochs, _ in shared), default=0)
+        begun = saved["settings"]["train_data"], saved["settings"]["initial_network"]
+        found = strategies.setdefault(key, {}).setdefault(row["epochs"], {})
+        found[row["seed"], *begun] = row, saved
+    have = Counter(epochs for lengths in strategies.values() for epochs in lengths)
+    epochs = max(have, key=lambda length: (have[length], length))
+    there = {key: lengths[epochs] for key, lengths in strategies.items() if epochs in lengths}
+    shared = set.intersection(*map(set, there.values()))
     rates = Counter(strategy for _, strategy, _ in strategies)
-    candidates = []
-    for (_, name, learning_rates), found in sorted(strategies.items(), key=lambda item: item[0]):
-        taken = [found[length, seed] for length, seed in shared if length == longest]
+    candidates, without = [], []
+    for key in sorted(strategies):
+        _, name, learning_rates = key
         if rates[name] > 1:
             name = f"{name} at {learning_rates}"
-        if taken:
-            candidates.append(Candidate(name, taken))
-    return candidates
+        if key in there and shared:
+            candidates.append(Candidate(name, [there[key][one] for one in shared]))
+        else:
+            without.append(name)
+    return candidates, without
 
 
 def verdict(rows: Sequence[dict], checkpoints: Sequence[dict]) -> Iterator[str]:
     """Lines of at most 80 columns; none where no two strategies can be compared."""
     groups = {}
     for row, saved in zip(rows, checkpoints):
-        alike = {name: value for name, value in saved["settings"].items() if name not in VARIED}
+        settings = {"ranks": 1} | saved["settings"]  # of a time when there was no other number
+        alike = sorted((name, value) for name, value in settings.items() if name not in VARIED)
         groups.setdefault(repr(alike), []).append((row, saved))
     for runs in groups.values():
-        candidates = comparable(runs)
+        candidates, without = comparable(runs)
         if len(candidates) < 2:
             continue
         indent = "\nverdict  "
-        for sentence in sentences(candidates):
+        for sentence in [*sentences(candidates), *left_out(candidates, without)]:
             yield from textwrap.wrap(
                 sentence, 80, initial_indent=indent, subsequent_indent=" " * 11
             )
@@ -121,7 +135,7 @@ def sentences(candidates: Sequence[Candidate]) -> Iterator[str]:
         difference, error, chance = over_seeds(candidate.correct, best.correct)
         yield (
             f"{candidate.name} over {best.name}: {100 * difference:+.2f} ± {100 * error:.2f} "
-            f"points, {in_words(chance)}{cost(candidate, best)}"
+            f"points, {likelihood(chance)}{cost(candidate, best)}"
         )
         if chance >= CLEAR:
             no_better.append(candidate.name)
@@ -129,18 +143,29 @@ def sentences(candidates: Sequence[Candidate]) -> Iterator[str]:
             best, no_better = candidate, []
     yield f"so: {best.name}, {best.accuracy:.2%} right"
     if no_better:
-        yield f"{' and '.join(no_better)}: not clearly better here, and it costs more"
+        yield f"{' and '.join(no_better)}: not clearly better here"
+    if len(best.seeds) == 1:
+        yield 'these are single runs: SEEDS="0 1 2" bash run_all.sh tells whether others agree'
     yield "these test pictures were used to choose: of new ones expect a little less"
 
 
-def in_words(chance: float) -> str:
+def left_out(candidates: Sequence[Candidate], without: Sequence[str]) -> list[str]:
+    if not without:
+        return []
+    epochs, seeds = candidates[0].row["epochs"], ", ".join(map(str, candidates[0].seeds))
+    return [f"left out: {' and '.join(without)}, without {epochs} epochs of seed {seeds}"]
+
+
+def likelihood(chance: float) -> str:
     if chance >= CLEAR:
         return f"which may be chance (p = {chance:.2f})"
-    return f"more than chance (p {'< 0.001' if chance < 0.001 else f'= {chance:.3f}'})"
+    if chance >= 0.001:
+        return f"more than chance (p = {chance:.3f})"
+    return "more than chance (p < 0.001)"
 
 
 def cost(candidate: Candidate, best: Candidate) -> str:
     """In seconds, where both ran on the same device."""
-    if candidate.devices | best.devices != best.devices or len(best.devices) > 1:
+    if len(candidate.devices | best.devices) > 1:
         return ""
     return f"; {candidate.seconds:,.0f} s instead of {best.seconds:,.0f}"

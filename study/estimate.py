@@ -6,10 +6,7 @@
 Takes train.py's flags too. Says nothing where there is a GPU: there it is minutes.
 """
 
-import statistics
-import time
 from argparse import Namespace
-from collections.abc import Callable
 
 import torch
 
@@ -21,7 +18,7 @@ from plumbing import cache, datasets, flags, machine
 from plumbing.command import Parser, command, whole_number
 from plumbing.convolution import faster
 from plumbing.scoring import predict
-from study.benchmark import STRATEGIES
+from study.benchmark import STRATEGIES, seconds
 
 LONG = 3600  # seconds from which it is said what is quicker
 
@@ -40,49 +37,45 @@ def parse(argv: list[str] | None) -> Namespace:
     return args
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """The median of three calls, after one that does not count."""
-    times = []
-    for _ in range(4):
-        start = time.monotonic()
-        function()
-        times.append(time.monotonic() - start)
-    return statistics.median(times[1:])
-
-
 def cost(strategy: str, both: tuple[Images, Images], args: Namespace) -> tuple[float, float]:
     """Seconds to fill the cache, and of an epoch with its test."""
     device = torch.device("cpu")
     model = freeze.build(args.model, len(both[0].classes))
     faster(model)
-    learns = [stage for stage in freeze.STAGES if stage in strategy.split("+")]
-    freeze.freeze(model, learns)
+    unfrozen = [stage for stage in freeze.STAGES if stage in strategy.split("+")]
+    freeze.freeze(model, unfrozen)
     freeze.train_mode(model)
-    prefix, tail = freeze.split(model, learns[0])
+    first = unfrozen[0]
+    if args.frozen_batchnorm == "train":
+        first = "stem"
+    prefix, tail = freeze.split(model, first)
     where = args.image_size, device, machine.PRECISIONS[args.precision]
     inputs = Features(prefix, both[0].pixels, *where, mirrored=True)
     tested = Features(prefix, both[1].pixels, *where, mirrored=False)
     shares, _ = cache.choose(args.cache, [inputs, tested], device, args.out / "features")
-    anew = sum(shares.get("off", [0]))
+    anew, test_anew = shares.get("off", [0, 0])  # computed in every epoch, not once
 
     some = torch.arange(inputs.chunk) % len(inputs)
-    one = seconds(lambda: inputs.compute(some)) / len(some)
+    one = seconds(lambda: inputs.compute(some), device) / len(some)
     batch = torch.arange(args.batch_size) % len(inputs)
     x, y = inputs(batch), both[0].labels[batch]
     optimizer = train.OPTIMIZER(freeze.param_groups(model, args.rates))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     autocast = machine.autocast(device, args.precision)
-    step = seconds(lambda: train.train_step(x, y, tail, optimizer, scaler, autocast)) / len(x)
-    test = seconds(lambda: predict(tail, [x], device, args.precision)) / len(x)
-    epoch = step * len(inputs) + test * len(tested) + one * anew
-    return one * (2 * len(inputs) + len(tested) - anew), epoch
+    step = seconds(lambda: train.train_step(x, y, tail, optimizer, scaler, autocast), device) / len(
+        x
+    )
+    test = seconds(lambda: predict(tail, [x], device, args.precision), device) / len(x)
+    epoch = step * len(inputs) + test * len(tested) + one * (anew + test_anew)
+    return one * (2 * (len(inputs) - anew) + len(tested) - test_anew), epoch
 
 
-def duration(seconds: float) -> str:
+def duration(time: float) -> str:
+    """Seconds, in a unit that leaves one to three digits."""
     for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+        if time >= 2 * size:
+            return f"{time / size:.0f} {unit}"
+    return f"{time:.0f} s"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -50,7 +50,7 @@ def features_of(images, seed=0, size=48, dtype=torch.float32, mirrored=True) -> 
 def on_disk(images, folder: Path, **other) -> tuple[Features, int]:
     """Features kept in `folder`, and how many were computed."""
     inputs = features_of(images, **other)
-    (kept,), computed = fill_all([inputs], {"disk": [len(inputs)]}, CPU, folder)
+    (kept,), _, computed = fill_all([inputs], {"disk": [len(inputs)]}, CPU, folder)
     return kept, computed
 
 
@@ -142,7 +142,7 @@ class Need(list):
 
     def __init__(self, images: int, each: int, stages: int = 4):
         super().__init__([None] * images)
-        self.bytes, self.prefix = images * each, [None] * stages
+        self.bytes, self.prefix, self.image_size = images * each, [None] * stages, 224
 
 
 MB = 10**6
@@ -256,7 +256,7 @@ SPLITS = {
 def test_a_split_gives_what_one_piece_gives(images, shares):
     plain = [features_of(images), features_of(images, mirrored=False)]
     split = [features_of(images), features_of(images, mirrored=False)]
-    (inputs, test_inputs), computed = fill_all(split, shares, CPU, HERE)
+    (inputs, test_inputs), _, computed = fill_all(split, shares, CPU, HERE)
     kept = sum(2 * train + test for place, (train, test) in shares.items() if place != "off")
     assert computed == kept and len(inputs) == len(test_inputs) == 20
     order, flips = torch.randperm(20), torch.rand(20) < 0.5
@@ -271,7 +271,7 @@ def test_a_split_gives_what_one_piece_gives(images, shares):
 
 def test_a_split_computes_nothing_that_is_kept(images, monkeypatch):
     shares = {"host": [8, 20], "off": [12, 0]}
-    (inputs, test_inputs), _ = fill_all(
+    (inputs, test_inputs), *_ = fill_all(
         [features_of(images), features_of(images)], shares, CPU, HERE
     )
     asked, compute = [], Features.compute
@@ -301,7 +301,7 @@ def test_a_run_with_a_split_cache_is_the_run_without(run, monkeypatch, capsys):
 class Full:
     """Features that no memory holds: the device says so, and then the host."""
 
-    bytes, prefix = 10, [None]
+    bytes, prefix, image_size = 10, [None], 224
 
     def __len__(self) -> int:
         return 1
@@ -320,11 +320,32 @@ class Full:
 def test_from_the_device_to_the_host_to_nowhere(monkeypatch, capsys):
     free(monkeypatch, device=2**40, host=2**40)
     features = Full()
-    assert fill_all([features], {"device": [1]}, CUDA, HERE) == ([features], 0)
+    assert fill_all([features], {"device": [1]}, CUDA, HERE) == ([features], {"off": [1]}, 0)
     assert features.tried == ["cuda", "cpu"] and features.store is None
     first, second = capsys.readouterr().out.splitlines()
     assert "in device memory after all" in first and "features in host memory" in first
     assert "in host memory after all: off" in second
+
+
+def test_a_full_memory_while_a_file_is_filled_goes_elsewhere_and_is_said(
+    images, monkeypatch, capsys
+):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(cache, "fill_file", full)
+    inputs, seconds = cache.keep([features_of(images)], "disk", CPU, HERE)
+    out = capsys.readouterr().out
+    assert "does not fit in features after all" in out and "kept for later runs" not in out
+    assert len(inputs.store) == 40
+
+
+def test_larger_pictures_leave_more_room_for_training(monkeypatch):
+    free(monkeypatch, host=10 * GB + ROOM)
+    large = Need(10_000, MB)
+    large.image_size = 448
+    (kept,), (rest,) = choose("auto", [large], CPU, HERE)[0].values()
+    assert rest == -(-3 * ROOM // MB) and kept + rest == 10_000
 
 
 def test_another_error_is_not_taken_for_a_full_memory():

@@ -90,10 +90,10 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         ranks.join("auto")
 
 
-def test_fewer_images_than_ranks_are_refused(two):
-    two(0)
-    with pytest.raises(UserError, match="1 images are too few for 2 processes"):
-        ranks.sizes(1, 4)
+def test_fewer_images_than_ranks_are_refused(monkeypatch, run):
+    monkeypatch.setattr(ranks, "count", lambda: 61)
+    with pytest.raises(UserError, match="60 images are too few for 61 processes"):
+        run()
 
 
 @pytest.mark.parametrize("images", [2, 20, 21, 22, 23, 24, 25])

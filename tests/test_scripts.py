@@ -21,7 +21,8 @@ note() {
     done
     if [ -n "$CUDA_VISIBLE_DEVICES" ]; then
         line=" gpu $CUDA_VISIBLE_DEVICES:$line"
-        echo a-run
+        echo "warning: not the run"
+        echo results/a-run
         echo "    1/50        0.5    80.00%"
     fi
     echo "${line# }" >> "$LOG"
@@ -87,7 +88,7 @@ def test_run_all_makes_the_four_runs_in_two_and_compares_them(scripts):
     done, log = scripts("run_all.sh", "--data-dir", "/my data", "--batch-size", "256")
     flags = "--epochs 10 50 --seed 0 --out results --resume --data-dir '/my data' --batch-size 256"
     assert done.returncode == 0, done.stderr
-    asked = "--epochs 50 --data-dir '/my data' --batch-size 256"
+    asked = "--epochs 50 --out results --data-dir '/my data' --batch-size 256"
     assert log == [
         f"-m study.estimate --strategies fc+layer4 fc+layer3+layer4 --times 1 {asked}",
         f"train.py --unfreeze layer4 {flags}",
@@ -190,7 +191,7 @@ def test_runs_on_several_gpus_are_each_made_once_and_the_others_finish(scripts, 
     assert len(runs) == len({line.partition(": ")[2] for line in runs}) == 4
     assert {line[:6] for line in runs} <= {"gpu 0:", "gpu 5:"}
     assert done.stderr.count("failed: see results/run") == 2
-    assert done.stdout.count("a-run     1/50        0.5    80.00%") == 4
+    assert done.stdout.count("results/a-run     1/50        0.5    80.00%") == 4
     assert "a-run" in (tmp_path / "results/run3.log").read_text()
     assert not any("compare.py" in line for line in log)
     done, log = scripts("run_all.sh", GPUS="0 5")
