@@ -61,10 +61,8 @@ def cost(strategy: str, both: tuple[Images, Images], args: Namespace) -> tuple[f
     x, y = inputs(batch), both[0].labels[batch]
     optimizer = train.OPTIMIZER(freeze.param_groups(model, args.rates))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    autocast = machine.autocast(device, args.precision)
-    step = seconds(lambda: train.train_step(x, y, tail, optimizer, scaler, autocast), device) / len(
-        x
-    )
+    learns = tail, optimizer, scaler, machine.autocast(device, args.precision)
+    step = seconds(lambda: train.train_step(x, y, *learns), device) / len(x)
     test = seconds(lambda: predict(tail, [x], device, args.precision), device) / len(x)
     epoch = step * len(inputs) + test * len(tested) + one * (anew + test_anew)
     return one * (2 * (len(inputs) - anew) + len(tested) - test_anew), epoch
