@@ -48,6 +48,7 @@ stop() {
         kill -TERM -- "-$job" 2>/dev/null || kill -TERM "$job" 2>/dev/null || true
     done
     wait || true
+    echo "run_all.sh: stopped; the same command goes on" >&2
     exit "$1"
 }
 trap "stop 130" INT
@@ -56,12 +57,12 @@ trap "stop 143" TERM
 # The demo's pretrained network: all of a ResNet18 learns ten other classes of drawn pictures.
 if [ "$demo" ]; then
     preset=(--dataset synthetic --weights "$out/pretrained.pt" --image-size 32)
-    preset+=(--train-size 100 --batch-size 50)
+    preset+=(--train-size 200 --batch-size 50)
     started "$python" "$here/train.py" ${extra[@]+"${extra[@]}"} \
         --dataset synthetic-other --weights none --image-size 32 --train-size 2000 --batch-size 50 \
-        --unfreeze stem layer1 layer2 layer3 layer4 --epochs 3 --out "$out/pretraining" --resume \
+        --unfreeze stem layer1 layer2 layer3 layer4 --epochs 5 --out "$out/pretraining" --resume \
         --lr stem=1e-3 layer1=1e-3 layer2=1e-3 layer3=1e-3 layer4=1e-3
-    cp "$(ls -t "$out"/pretraining/*/epoch3.pt | head -1)" "$out/pretrained.pt"
+    cp "$(ls -t "$out"/pretraining/*/epoch5.pt | head -1)" "$out/pretrained.pt"
     echo
 fi
 
@@ -108,7 +109,7 @@ if [ "$list" ]; then
     printf '%s\n' "${commands[@]}"
     exit
 fi
-if [ ! "$demo" ] && ! ls "$out"/*/epoch10.pt >/dev/null 2>&1; then
+if [ ! "$demo" ] && [ ! -e "$out/summary.csv" ]; then
     seeds=(${SEEDS:-0})
     started "$python" -m study.estimate --strategies "${strategies[@]}" --times ${#seeds[@]} \
         --epochs 50 --out "$out" ${extra[@]+"${extra[@]}"}
@@ -141,5 +142,5 @@ if [ "$demo" ]; then
     if "$python" -c "import matplotlib" 2>/dev/null; then
         started "$python" "$here/plot.py" "$out"
     fi
-    echo "Drawn pictures show how it works, and prove nothing about photographs: see README.md."
+    echo "Drawn pictures show how it works, and prove nothing about photographs."
 fi

@@ -86,6 +86,7 @@ class Run:
         if last != "latest.pt":  # or before this
             (self.folder / "latest.pt").unlink(missing_ok=True)
         if not self.args.resume:
+            print(f"again    from the start (--resume would go on after epoch {self.newest})")
             return
         self.missing = [n for n in self.missing if f"epoch{n}.pt" not in saved]
         usable = [name for name, end in ends.items() if self.missing and end < self.missing[0]]

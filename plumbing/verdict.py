@@ -69,6 +69,7 @@ class Candidate:
     def __init__(self, name: str, runs: Runs):
         runs = sorted(runs, key=lambda run: run[0]["seed"])
         self.name, self.row = name, runs[0][0]
+        self.guessing = 1 / len(runs[0][1]["settings"]["classes"])
         self.seeds = [row["seed"] for row, _ in runs]
         self.correct = [saved["test_correct"] for _, saved in runs]
         self.accuracy = mean(row["test_accuracy"] for row, _ in runs)
@@ -129,7 +130,8 @@ def sentences(candidates: Sequence[Candidate]) -> Iterator[str]:
     seeds = ", ".join(map(str, best.seeds))
     yield (
         f"{row['epochs']} epochs on {row['train_images']:,} pictures of {row['dataset']}, tested "
-        f"on {row['test_images']:,} others; seed {seeds}"
+        f"on {row['test_images']:,} others ({row['image_size']} pixels, batches of "
+        f"{row['batch_size']}, weights {row['weights']}); seed {seeds}"
     )
     for candidate in others:
         difference, error, chance = over_seeds(candidate.correct, best.correct)
@@ -141,7 +143,7 @@ def sentences(candidates: Sequence[Candidate]) -> Iterator[str]:
             no_better.append(candidate.name)
         elif difference > 0:
             best, no_better = candidate, []
-    yield f"so: {best.name}, {best.accuracy:.2%} right"
+    yield f"so: {best.name}, {best.accuracy:.2%} right; by guessing {best.guessing:.2%}"
     if no_better:
         yield f"{' and '.join(no_better)}: not clearly better here"
     if len(best.seeds) == 1:

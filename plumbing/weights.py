@@ -75,7 +75,7 @@ def backbone(content: object, file: Path) -> State:
     if prefix:
         taken.append(f"the prefix {prefix}")
     if taken:
-        print(f"weights  {file.name}: without {', '.join(taken)}", flush=True)
+        print(f"weights  {file.name}: taken out of {', '.join(taken)}", flush=True)
     inner = {key.removeprefix(prefix): value for key, value in state.items()}
     return {key: value for key, value in inner.items() if not key.startswith("fc.")}
 

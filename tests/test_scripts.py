@@ -104,6 +104,7 @@ def test_run_all_compares_what_is_in_its_folder(scripts, tmp_path):
         file = tmp_path / "my results" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
+    (tmp_path / "my results/summary.csv").touch()
     _, log = scripts("run_all.sh", "--out=my results")
     files = ["one/epoch10.pt", "one/epoch50.pt", "two/epoch10.pt"]
     asked = " ".join(f"'my results/{file}'" for file in files)
@@ -129,7 +130,7 @@ def test_run_all_without_the_baseline(scripts):
 
 
 def test_the_demo_pretrains_on_other_pictures_and_goes_on_from_that(scripts, tmp_path):
-    trained = tmp_path / "results/demo/pretraining/a run/epoch3.pt"
+    trained = tmp_path / "results/demo/pretraining/a run/epoch5.pt"
     trained.parent.mkdir(parents=True)
     trained.write_text("weights")
     done, log = scripts("run_all.sh", "--demo", "--device", "cpu")
@@ -139,7 +140,7 @@ def test_the_demo_pretrains_on_other_pictures_and_goes_on_from_that(scripts, tmp
     assert "--out results/demo/pretraining --resume" in pretraining
     assert (tmp_path / "results/demo/pretrained.pt").read_text() == "weights"
     preset = "--dataset synthetic --weights results/demo/pretrained.pt --image-size 32"
-    preset += " --train-size 100 --batch-size 50"
+    preset += " --train-size 200 --batch-size 50"
     assert len(runs) == 3 and "--unfreeze --epochs" in runs[0]
     for line in runs:
         assert line.endswith(f"--out results/demo --resume {preset} --device cpu")
@@ -200,8 +201,6 @@ def test_runs_on_several_gpus_are_each_made_once_and_the_others_finish(scripts, 
 
 def test_who_stops_run_all_stops_the_runs_on_all_gpus(scripts, tmp_path):
     environment = variables_of(tmp_path) | {"FOREVER": "1", "GPUS": "0 1"}
-    (tmp_path / "results/a").mkdir(parents=True)
-    (tmp_path / "results/a/epoch10.pt").touch()  # nothing is estimated
     process = subprocess.Popen(["bash", "run_all.sh"], cwd=tmp_path, env=environment)
     while not (tmp_path / "log").exists() or (tmp_path / "log").read_text().count("train.py") < 2:
         time.sleep(0.05)

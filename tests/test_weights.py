@@ -79,20 +79,20 @@ def headless(state: dict) -> dict:
 def test_a_prefix_is_taken_off_and_said(capsys, prefix):
     loaded = load(prefixed(prefix, state()))
     assert same(loaded, state())
-    assert capsys.readouterr().out == f"weights  weights.pth: without the prefix {prefix}\n"
+    assert capsys.readouterr().out == f"weights  weights.pth: taken out of the prefix {prefix}\n"
 
 
 @pytest.mark.parametrize("wrapping", ["state_dict", "model", "model_state_dict", "net"])
 def test_a_wrapping_is_taken_off_and_said(capsys, wrapping):
     content = {"epoch": 90, wrapping: state(), "optimizer": {"state": {}}, "arch": "resnet18"}
     assert same(load(content), state())
-    assert capsys.readouterr().out == f'weights  weights.pth: without ["{wrapping}"]\n'
+    assert capsys.readouterr().out == f'weights  weights.pth: taken out of ["{wrapping}"]\n'
 
 
 def test_several_wrappings_around_a_prefix(capsys):
     content = {"model": {"state_dict": prefixed("module.", state())}, "state_dict": "resnet18"}
     assert same(load(content), state())
-    taken = 'without ["model"], ["state_dict"], the prefix module.'
+    taken = 'taken out of ["model"], ["state_dict"], the prefix module.'
     assert taken in capsys.readouterr().out
 
 
@@ -132,7 +132,8 @@ def test_two_networks_in_a_file_the_first_is_taken_and_the_other_named(capsys):
     content = prefixed("encoder_q.", state()) | prefixed("encoder_k.", state())
     assert same(load(content), state())
     told = capsys.readouterr().out
-    assert "without the prefix encoder_q." in told and "not used: encoder_k.conv1.weight" in told
+    assert "taken out of the prefix encoder_q." in told
+    assert "not used: encoder_k.conv1.weight" in told
 
 
 def test_weights_from_before_batches_were_counted():
@@ -149,7 +150,7 @@ def test_a_checkpoint_of_train_py_is_weights_too_named_by_its_run(run, capsys):
     assert weights.name_of(str(file)) == f"{first.name}-epoch1"
     capsys.readouterr()
     second = run(*little, "--weights", str(file))
-    assert 'weights  epoch1.pt: without ["model"]' in capsys.readouterr().out
+    assert 'weights  epoch1.pt: taken out of ["model"]' in capsys.readouterr().out
     assert second.name == f"synthetic-fc-fp32-s0-n20-b10-px32-{first.name}-epoch1"
     after = torch.load(second / "epoch1.pt", weights_only=True)["model"]
     assert same(headless(after), before)  # all but fc was frozen
