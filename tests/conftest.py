@@ -23,6 +23,7 @@ SMALL += ("--batch-size", "25", "--epochs", "2", "--device", "cpu", "--precision
 
 # Cases of which a quicker one of the same kind always runs, beside those marked slow.
 SLOW = {
+    "test_two_ranks_learn_what_one_process_learns_from_both_batches[False]",
     "test_a_rank_that_dies_ends_the_others",
     "test_a_run_on_two_ranks_is_told_once_kept_once_and_goes_on",
     "test_pretraining_on_other_pictures_helps",
