@@ -62,9 +62,8 @@ def choose(
     if wanted == "auto":
         if not len(features[0].prefix):
             return {"off": everything}, "off, no stage whose output stays the same"
-        return share(
-            features, [p for p in places if p != "device" or device.type == "cuda"], device
-        )
+        usable = [place for place in places if place == "host" or device.type == "cuda"]
+        return share(features, usable, device)
     if wanted == "disk":
         remove_dead_parts(folder)
         need = sum(feature.bytes for feature in features if not file_of(feature, folder).exists())

@@ -35,7 +35,7 @@ def rank() -> int:
 def join(name: str) -> torch.device:
     """Join the processes that torchrun has started, if it has: rank 0 alone prints from now on.
     name: what --device says. Returns this process's device. Raises UserError."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "LOCAL_RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         return pick_device(name)
     if name not in ("auto", "cuda", "cpu"):
         raise UserError(f"--device {name} is for one process: torchrun gives each its own GPU")

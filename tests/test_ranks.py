@@ -78,6 +78,7 @@ def test_the_ranks_share_all_images_in_as_many_batches(two, images):
 @pytest.mark.parametrize("device", ["mps", "cuda:1"])
 def test_a_device_that_not_all_ranks_can_have_is_refused(monkeypatch, device):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match=f"--device {device} is for one process"):
         ranks.join(device)
 
