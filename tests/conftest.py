@@ -23,6 +23,9 @@ SMALL += ("--batch-size", "25", "--epochs", "2", "--device", "cpu", "--precision
 
 # Cases of which a quicker one of the same kind always runs, beside those marked slow.
 SLOW = {
+    "test_a_command_through_an_ascii_pipe_spells_all_names",
+    "test_a_run_where_fcntl_resource_sysconf_mallopt_and_proc_are_missing",
+    "test_without_matplotlib_it_says_what_to_install",
     "test_two_ranks_learn_what_one_process_learns_from_both_batches[False]",
     "test_a_rank_that_dies_ends_the_others",
     "test_a_run_on_two_ranks_is_told_once_kept_once_and_goes_on",
