@@ -74,7 +74,8 @@ for names in "${stages[@]}"; do
     strategies+=("fc${names:+ $names}")
 done
 strategies=("${strategies[@]// /+}")
-for seed in ${SEEDS:-0}; do
+seeds=(${SEEDS:-0})
+for seed in "${seeds[@]}"; do
     for names in "${stages[@]}"; do
         # shellcheck disable=SC2086  # the stages are separate words
         commands+=("$(printf '%q ' "$python" "$here/train.py" --unfreeze $names --epochs 10 50 \
@@ -110,7 +111,6 @@ if [ "$list" ]; then
     exit
 fi
 if [ ! "$demo" ] && [ ! -e "$out/summary.csv" ]; then
-    seeds=(${SEEDS:-0})
     started "$python" -m study.estimate --strategies "${strategies[@]}" --times ${#seeds[@]} \
         --epochs 50 --out "$out" ${extra[@]+"${extra[@]}"}
 fi

@@ -112,7 +112,10 @@ def fine_tune(
 ) -> None:
     """Train what is still missing of a run."""
     # Freeze, and compute once what the frozen part makes of every picture.
-    tail, inputs, test_inputs = freeze_and_fill(run, model, train, test, args, device)
+    tail, inputs, test_inputs = freeze_and_split(model, train, test, args, device)
+    terminal.print_setup(run.folder, model, train, test, args, device)
+    kept = cache.keep([inputs, test_inputs], args.cache, device, args.out / "features")
+    inputs, test_inputs, run.fill_seconds = kept
     labels, test_labels = ranks.mine(train.labels).to(device), test.labels.to(device)
     sizes = ranks.sizes(len(train.labels), args.batch_size)
     drift = freeze.Drift(model, args.unfreeze[:-1])  # away from the pretrained weights
@@ -145,10 +148,10 @@ def fine_tune(
         run.keep(epoch, trained, tested, times, drift.now(), logits.argmax(1) == test_labels)
 
 
-def freeze_and_fill(
-    run: Run, model: nn.Module, train: Images, test: Images, args: Namespace, device: torch.device
+def freeze_and_split(
+    model: nn.Module, train: Images, test: Images, args: Namespace, device: torch.device
 ) -> tuple[nn.Module, Features, Features]:
-    """The part that learns, and its inputs for training and test."""
+    """The part that learns, and its inputs for training and test, not computed yet."""
     freeze.freeze(model, args.unfreeze)
     first = args.unfreeze[0]
     if args.frozen_batchnorm == "train":
@@ -157,10 +160,6 @@ def freeze_and_fill(
     where = args.image_size, device, machine.PRECISIONS[args.precision]
     inputs = Features(prefix, train.pixels, *where, mirrored=True)
     test_inputs = Features(prefix, test.pixels, *where, mirrored=False)
-    terminal.print_setup(run.folder, model, train, test, args, device)
-    folder = args.out / "features"
-    both = [inputs, test_inputs]
-    inputs, test_inputs, run.fill_seconds = cache.keep(both, args.cache, device, folder)
     return ranks.together(tail), inputs, test_inputs
 
 

@@ -68,17 +68,20 @@ def choose(
         remove_dead_parts(folder)
         need = sum(feature.bytes for feature in features if not file_of(feature, folder).exists())
     where = WORDS.get(wanted, f"in {folder}")
-    free = free_memory(wanted, device, folder)
-    if free is None:
-        return {wanted: everything}, f"{text} {where}, how much is free is not known"
-    spare = room(wanted, need)
-    if need + spare > free:
+    free, spare = free_memory(wanted, device, folder), room(wanted, need)
+    if free is not None and need + spare > free:
         raise UserError(
             f"--cache {wanted}: {text} and {spare / 1e9:.1f} GB to spare do not fit "
             f"({free / 1e9:.1f} GB free {where}); try --cache auto, --train-size or a smaller "
             f"--image-size"
         )
-    return {wanted: everything}, f"{text} {where}, {free / 1e9:.1f} GB were free"
+    return {wanted: everything}, f"{text} {where}, {how_much(free)}"
+
+
+def how_much(free: int | None) -> str:
+    if free is None:
+        return "how much is free is not known"
+    return f"{free / 1e9:.1f} GB were free"
 
 
 def room(place: str, need: int) -> int:
@@ -96,11 +99,10 @@ def share(
     spare = int(ROOM * max(1, (features[0].image_size / 224) ** 2))
     for place in places:
         free = free_memory(place, device, Path())
+        found[place] = f"{WORDS[place]}, {how_much(free)}"
         taken = left
-        found[place] = f"{WORDS[place]}, how much is free is not known"
         if free is not None:
             taken = fitting(features, left, free - spare)
-            found[place] = f"{WORDS[place]}, {free / 1e9:.1f} GB were free"
         if any(taken):
             shares[place] = taken
             left = [count - kept for count, kept in zip(left, taken)]

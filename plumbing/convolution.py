@@ -27,30 +27,45 @@ WIDE = 128  # channels from which Winograd pays: with 64 its transforms take wha
 TINY = 4  # outputs a side up to which a product pays
 SMALL = 7  # outputs a side up to which it pays for the weights' gradient
 
+
+def both_sides(matrix: list[list[float]]) -> torch.Tensor:
+    """What applies a matrix along both sides of a tile that is written as one column: its
+    Kronecker square, float64."""
+    square = torch.tensor(matrix, dtype=torch.float64)
+    return torch.kron(square, square)
+
+
 # Along one side of a tile, for a row of 6 inputs and 3 weights: the 4 outputs are
 # A @ ((G @ weights) * (B @ inputs)). Interpolation at the points 0, 1, -1, 2, -2 and infinity.
-B = [
-    [4, 0, -5, 0, 1, 0],
-    [0, -4, -4, 1, 1, 0],
-    [0, 4, -4, -1, 1, 0],
-    [0, -2, -1, 2, 1, 0],
-    [0, 2, -1, -2, 1, 0],
-    [0, 4, 0, -5, 0, 1],
-]
-G = [
-    [1 / 4, 0, 0],
-    [-1 / 6, -1 / 6, -1 / 6],
-    [-1 / 6, 1 / 6, -1 / 6],
-    [1 / 24, 1 / 12, 1 / 6],
-    [1 / 24, -1 / 12, 1 / 6],
-    [0, 0, 1],
-]
-A = [
-    [1, 1, 1, 1, 1, 0],
-    [0, 1, -1, 2, -2, 0],
-    [0, 1, 1, 4, 4, 0],
-    [0, 1, -1, 8, -8, 1],
-]
+# A tile takes them along both its sides.
+B = both_sides(
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ]
+)
+G = both_sides(
+    [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ]
+)
+A = both_sides(
+    [
+        [1, 1, 1, 1, 1, 0],
+        [0, 1, -1, 2, -2, 0],
+        [0, 1, 1, 4, 4, 0],
+        [0, 1, -1, 8, -8, 1],
+    ]
+)
 
 
 def faster(network: nn.Module) -> None:
@@ -166,13 +181,6 @@ def patches(x: torch.Tensor, size: int, stride: int) -> torch.Tensor:
     return windows.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
 
 
-def both_sides(matrix: list[list[float]], like: torch.Tensor) -> torch.Tensor:
-    """The matrix applied along both sides of a tile that is written as one column: its Kronecker
-    square, in the type of `like`."""
-    matrix = torch.tensor(matrix, dtype=torch.float64)
-    return torch.kron(matrix, matrix).to(like)
-
-
 def winograd(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The outputs, and the transformed tiles of x, [36, tiles, C]."""
     batch, channels, height, width = x.shape
@@ -181,10 +189,10 @@ def winograd(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch
     padded = F.pad(x.permute(0, 2, 3, 1), border)
     windows = padded.unfold(1, 6, 4).unfold(2, 6, 4)  # [B, down, across, C, 6, 6]
     columns = windows.permute(4, 5, 0, 1, 2, 3).reshape(36, -1)
-    tiles = (both_sides(B, x) @ columns).view(36, -1, channels)
-    kernels = both_sides(G, x) @ weight.permute(2, 3, 0, 1).reshape(9, -1)
+    tiles = (B.to(x) @ columns).view(36, -1, channels)
+    kernels = G.to(x) @ weight.permute(2, 3, 0, 1).reshape(9, -1)
     products = tiles @ kernels.view(36, len(weight), channels).transpose(1, 2)
-    out = (both_sides(A, x) @ products.flatten(1)).view(4, 4, batch, down, across, len(weight))
+    out = (A.to(x) @ products.flatten(1)).view(4, 4, batch, down, across, len(weight))
     out = out.permute(2, 3, 0, 4, 1, 5).reshape(batch, 4 * down, 4 * across, len(weight))
     return out[:, :height, :width].contiguous().permute(0, 3, 1, 2), tiles
 
@@ -197,7 +205,7 @@ def winograd_weight_gradient(gradient: torch.Tensor, tiles: torch.Tensor) -> tor
     padded = F.pad(gradient.permute(0, 2, 3, 1), border)
     blocks = padded.view(batch, down, 4, across, 4, out_channels)
     columns = blocks.permute(2, 4, 0, 1, 3, 5).reshape(16, -1)
-    products = (both_sides(A, tiles).T @ columns).view(36, -1, out_channels)
+    products = (A.to(tiles).T @ columns).view(36, -1, out_channels)
     kernels = products.transpose(1, 2) @ tiles
-    out = both_sides(G, tiles).T @ kernels.flatten(1)
+    out = G.to(tiles).T @ kernels.flatten(1)
     return out.view(3, 3, out_channels, -1).permute(2, 3, 0, 1)

@@ -85,8 +85,8 @@ def sizes(images: int, batch_size: int) -> int | list[int]:
     if count() == 1:
         return batch_size
     own = len(range(rank(), images, count()))
-    batches = -(-(images // count()) // batch_size)
-    return [batch_size] * (batches - 1) + [own - batch_size * (batches - 1)]
+    last = smallest(images, batch_size) + own - images // count()
+    return [batch_size] * ((own - last) // batch_size) + [last]
 
 
 def smallest(images: int, batch_size: int) -> int:
@@ -97,8 +97,6 @@ def smallest(images: int, batch_size: int) -> int:
 
 def summed(*values: float) -> list[float]:
     """Numbers, each summed over the ranks."""
-    if count() == 1:
-        return list(values)
     box = torch.tensor(values, dtype=torch.float64, device=sends_from())
     dist.all_reduce(box)
     return box.tolist()

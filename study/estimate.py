@@ -13,7 +13,6 @@ import torch
 import freeze
 import train
 from data import Images
-from features import Features
 from plumbing import cache, datasets, flags, machine
 from plumbing.command import Parser, command, whole_number
 from plumbing.convolution import faster
@@ -43,15 +42,9 @@ def cost(strategy: str, both: tuple[Images, Images], args: Namespace) -> tuple[f
     model = freeze.build(args.model, len(both[0].classes))
     faster(model)
     unfrozen = [stage for stage in freeze.STAGES if stage in strategy.split("+")]
-    freeze.freeze(model, unfrozen)
-    freeze.train_mode(model)
-    first = unfrozen[0]
-    if args.frozen_batchnorm == "train":
-        first = "stem"
-    prefix, tail = freeze.split(model, first)
-    where = args.image_size, device, machine.PRECISIONS[args.precision]
-    inputs = Features(prefix, both[0].pixels, *where, mirrored=True)
-    tested = Features(prefix, both[1].pixels, *where, mirrored=False)
+    args = Namespace(**vars(args) | {"unfreeze": unfrozen})
+    tail, inputs, tested = train.freeze_and_split(model, *both, args, device)
+    train.set_mode(model, args)
     shares, _ = cache.choose(args.cache, [inputs, tested], device, args.out / "features")
     anew, test_anew = shares.get("off", [0, 0])  # computed in every epoch, not once
 
