@@ -11,6 +11,9 @@ how much, and whether that is more than chance. --cka compares a network's
 features with the pretrained one's, and does run the test images through both.
 """
 
+import plumbing  # noqa: F401  # before torch, for whose threads it sets something
+
+# isort: split
 import itertools
 import sys
 from argparse import Namespace

@@ -6,22 +6,32 @@
     x = transform(train.pixels[some], 224, flips=flips[some])   # what the network sees
     y = train.labels[some]
 
-Imports torch, torchvision and numpy, nothing of this repository: copy it into yours.
+    x = transform(read_picture("cat.jpg", (32, 32)), 224)       # a picture of your own
+
+Imports torch, torchvision, numpy and PIL, nothing of this repository: copy it into yours.
 """
 
+import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torchvision import datasets
 
 # Of RGB in [0, 1]: what torchvision's ImageNet weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}  # Krizhevsky 2009
+
+# Text in a PNG that unpacks to more than 1 MB, such as an image generator's workflow, would make
+# Pillow refuse the picture.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+JPEG_START, JFIF_72_DPI = b"\xff\xd8", b"\xff\xe0\0\x10JFIF\0\1\1\1\0H\0H\0\0"
 
 
 class UserError(Exception):
@@ -84,6 +94,91 @@ def epoch_order(count: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.
     generator = np.random.default_rng([seed, epoch])
     order = torch.from_numpy(generator.permutation(count))
     return order, torch.from_numpy(generator.random(count) < 0.5)
+
+
+def read_picture(file: str | Path, size: Sequence[int] | None = None) -> torch.Tensor:
+    """A picture file as a batch of one: uint8 [1, height, width, 3], RGB. size: (height, width) to
+    resize to, as torchvision's Resize does. Raises UserError naming the file."""
+    image = open_picture(file).image
+    if size:
+        height, width = size
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image))[None]
+
+
+class Picture(NamedTuple):
+    """A picture file, opened."""
+
+    image: Image.Image  # 8 bits of RGB, upright as its EXIF orientation says
+    transparent: bool  # whether it was, and stands on white now
+    highest: int  # value of one with 16 bits a channel, 0 to 65,535; of others 0
+
+
+def open_picture(file: str | Path) -> Picture:
+    """Raises UserError naming a file that cannot be read, or holds values of which nobody knows
+    what is white."""
+    try:
+        with open_lazily(file) as image:
+            deep = ";16" in str(image.tile)  # of 16 bits of colour, Pillow keeps the upper 8
+            image.load()
+            return as_rgb(upright(image), deep)
+    except MemoryError:
+        raise
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except Exception as error:  # Pillow's plugins raise nearly everything on a broken file
+        raise UserError(f"cannot read the picture {file}: {error}") from error
+
+
+def open_lazily(file: str | Path) -> Image.Image:
+    """Image.open, also for a JPEG whose EXIF gives the resolution in nonsense: Pillow asks for that
+    only where no JFIF header before it does, so one is put there."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        content = Path(file).read_bytes()
+        if not content.startswith(JPEG_START):
+            raise
+        return Image.open(io.BytesIO(JPEG_START + JFIF_72_DPI + content[2:]))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says, if it says so: broken metadata does not make a broken picture."""
+    try:
+        image.getexif()  # which is kept: Pillow need not write again what else is in there
+        for name in ("exif", "Raw profile type exif"):
+            image.info.pop(name, None)
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def as_rgb(image: Image.Image, deep: bool) -> Picture:
+    """See open_picture. deep: there were 16 bits a channel."""
+    if image.mode.startswith("I"):  # one channel of 16 bits, or of 32
+        values = np.asarray(image)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
+            found = f"values from {low} to {high} in 32 bits"
+            raise UserError(f"holds {found}: save it with 8 bits, 0 to 255")
+        grey = Image.fromarray((values >> 8).astype(np.uint8))
+        return Picture(grey.convert("RGB"), False, high)
+    if image.mode == "F":
+        low, high = image.getextrema()
+        found = f"floating-point values from {low:g} to {high:g}"
+        raise UserError(f"holds {found}: save it with 8 bits, 0 to 255")
+    highest = 0
+    if deep:
+        colours = [image.getchannel(band) for band in image.getbands() if band != "A"]
+        highest = 256 * max(colour.getextrema()[1] for colour in colours)
+    transparent = False
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        transparent = image.getextrema()[3][0] < 255
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        image = white
+    return Picture(image.convert("RGB"), transparent, highest)
 
 
 def stratified_subset(images: Images, size: int, seed: int) -> Images:

@@ -8,6 +8,9 @@
 What --per-class writes lies beside the checkpoint.
 """
 
+import plumbing  # noqa: F401  # before torch, for whose threads it sets something
+
+# isort: split
 import io
 import sys
 from argparse import Namespace

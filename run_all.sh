@@ -34,8 +34,12 @@ done
 out=${out:-results${demo:+/demo}}
 [ -z "$demo" ] || [ -z "$list" ] || refuse "--demo needs its pretraining first: no --list of it"
 
-. "$(dirname "$0")/setup.sh"
-export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+# Slurm runs a copy of this script, out of a folder of its own.
+here=$(dirname "$0")
+[ -e "$here/setup.sh" ] || here=${SLURM_SUBMIT_DIR:-$here}
+[ -e "$here/setup.sh" ] || refuse "it needs the files beside it, and Slurm runs a copy: submit it \
+from its own folder, or with sbatch --wrap 'bash FOLDER/run_all.sh'; --list is for job arrays"
+. "$here/setup.sh" numpy matplotlib
 
 # Started beside this script: who ends the script ends what it runs, and waits for its last words.
 started() {
@@ -69,13 +73,8 @@ fi
 # The runs, a command each, quoted as bash would have them.
 stages=(layer4 "layer3 layer4")
 [ "$with_fc" = 0 ] || stages=("" "${stages[@]}")
-strategies=() commands=()
-for names in "${stages[@]}"; do
-    strategies+=("fc${names:+ $names}")
-done
-strategies=("${strategies[@]// /+}")
-seeds=(${SEEDS:-0})
-for seed in "${seeds[@]}"; do
+commands=()
+for seed in ${SEEDS:-0}; do
     for names in "${stages[@]}"; do
         # shellcheck disable=SC2086  # the stages are separate words
         commands+=("$(printf '%q ' "$python" "$here/train.py" --unfreeze $names --epochs 10 50 \
@@ -110,10 +109,6 @@ if [ "$list" ]; then
     printf '%s\n' "${commands[@]}"
     exit
 fi
-if [ ! "$demo" ] && [ ! -e "$out/summary.csv" ]; then
-    started "$python" -m study.estimate --strategies "${strategies[@]}" --times ${#seeds[@]} \
-        --epochs 50 --out "$out" ${extra[@]+"${extra[@]}"}
-fi
 if [ "${GPUS:-}" ]; then
     mkdir -p "$out"
     claims=$(mktemp -d)
@@ -137,10 +132,7 @@ else
 fi
 started "$python" "$here/compare.py" "$out"/*/epoch*.pt --csv "$out/summary.csv"
 echo
-echo "table: $out/summary.csv, learning curves: $out/*/history.csv"
-if [ "$demo" ]; then
-    if "$python" -c "import matplotlib" 2>/dev/null; then
-        started "$python" "$here/plot.py" "$out"
-    fi
+started "$python" "$here/plot.py" "$out"
+echo "table: $out/summary.csv, learning curves: $out/*/history.csv and $out/curves.png"
+[ ! "$demo" ] ||
     echo "Drawn pictures show how it works, and prove nothing about photographs."
-fi

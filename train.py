@@ -13,6 +13,9 @@ learning rates. A run leaves history.csv and epochN.pt in a folder of its own
 under --out.
 """
 
+import plumbing  # noqa: F401  # before torch, for whose threads it sets something
+
+# isort: split
 import functools
 import time
 from argparse import Namespace
@@ -114,8 +117,8 @@ def fine_tune(
     # Freeze, and compute once what the frozen part makes of every picture.
     tail, inputs, test_inputs = freeze_and_split(model, train, test, args, device)
     terminal.print_setup(run.folder, model, train, test, args, device)
-    kept = cache.keep([inputs, test_inputs], args.cache, device, args.out / "features")
-    inputs, test_inputs, run.fill_seconds = kept
+    where = args.cache, device, args.out / "features", args.batch_size
+    inputs, test_inputs, run.fill_seconds = cache.keep([inputs, test_inputs], *where)
     labels, test_labels = ranks.mine(train.labels).to(device), test.labels.to(device)
     sizes = ranks.sizes(len(train.labels), args.batch_size)
     drift = freeze.Drift(model, args.unfreeze[:-1])  # away from the pretrained weights

@@ -26,14 +26,19 @@ ROOM = 2 * 2**30  # bytes left free for training beside the features
 
 
 def keep(
-    features: Sequence[Features], wanted: str, device: torch.device, folder: Path
+    features: Sequence[Features],
+    wanted: str,
+    device: torch.device,
+    folder: Path,
+    batch_size: int = 128,
 ) -> tuple[Features | Joined | float, ...]:
-    """Choose places for these features, fill them, and say so. wanted: one of PLACES. Returns the
-    features, now to be looked up, and the seconds that it took. Raises UserError."""
-    shares, why = choose(wanted, features, device, folder)
+    """Choose places for these features, fill them, and say so. wanted: one of PLACES; batch_size:
+    of training, which needs memory beside them. Returns the features, now to be looked up, and the
+    seconds that it took. Raises UserError."""
+    shares, why = choose(wanted, features, device, folder, batch_size=batch_size)
     print(f"cache    {why}", flush=True)
     start = time.monotonic()
-    features, shares, computed = fill_all(features, shares, device, folder)
+    features, shares, computed = fill_all(features, shares, device, folder, batch_size=batch_size)
     seconds = time.monotonic() - start
     if computed:
         print(f"         filled in {seconds:.1f} s, {computed / seconds:,.0f} images/s", flush=True)
@@ -49,6 +54,7 @@ def choose(
     device: torch.device,
     folder: Path,
     places: Sequence[str] = ("device", "host"),
+    batch_size: int = 128,
 ) -> tuple[dict[str, list[int]], str]:
     """Where to keep these features: by place, how many images of each; and the reason in words.
     "auto" takes of `places` as many as fit beside ROOM for training, on a CUDA device first, and
@@ -63,7 +69,7 @@ def choose(
         if not len(features[0].prefix):
             return {"off": everything}, "off, no stage whose output stays the same"
         usable = [place for place in places if place == "host" or device.type == "cuda"]
-        return share(features, usable, device)
+        return share(features, usable, device, batch_size)
     if wanted == "disk":
         remove_dead_parts(folder)
         need = sum(feature.bytes for feature in features if not file_of(feature, folder).exists())
@@ -92,11 +98,12 @@ def room(place: str, need: int) -> int:
 
 
 def share(
-    features: Sequence[Features], places: Sequence[str], device: torch.device
+    features: Sequence[Features], places: Sequence[str], device: torch.device, batch_size: int
 ) -> tuple[dict[str, list[int]], str]:
     """By place, how many images of each it takes, the first place first; and that in words."""
     left, shares, found = [len(feature) for feature in features], {}, {}
-    spare = int(ROOM * max(1, (features[0].image_size / 224) ** 2))
+    step = batch_size / 128 * (features[0].image_size / 224) ** 2  # what one needs, against ours
+    spare = int(ROOM * max(1, step))
     for place in places:
         free = free_memory(place, device, Path())
         found[place] = f"{WORDS[place]}, {how_much(free)}"
@@ -145,6 +152,7 @@ def fill_all(
     device: torch.device,
     folder: Path,
     places: Sequence[str] = ("device", "host"),
+    batch_size: int = 128,
 ) -> tuple[list[Features | Joined], dict[str, list[int]], int]:
     """Fill each place with its share, or if memory runs out in one after all, the others. Returns
     the features, to be looked up, their shares, and how many were computed. Raises UserError."""
@@ -162,11 +170,11 @@ def fill_all(
     for part in itertools.chain(*pieces):
         part.store = None
     places = [other for other in places if other != place]
-    shares, why = choose("auto", features, device, folder, places)
+    shares, why = choose("auto", features, device, folder, places, batch_size)
     progress()
     where = WORDS.get(place, f"in {folder}")
     print(f"         does not fit {where} after all: {why}", flush=True)
-    return fill_all(features, shares, device, folder, places)
+    return fill_all(features, shares, device, folder, places, batch_size)
 
 
 def fill(features: Features, place: str, device: torch.device, folder: Path) -> int:

@@ -21,6 +21,7 @@ import torch
 from data import UserError
 from plumbing.files import nearest
 
+MPS_SINCE = "2.14"  # the first torch with pytorch/pytorch#188371
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # By their name in /proc/self/cgroup, version 2 and 1: the root, and the files of limit and use.
 CGROUPS = {
@@ -44,44 +45,79 @@ def pick_device(name: str) -> torch.device:
         if reason := why_not(name):
             raise UserError(f"--device {name}: {reason}; --device auto takes what works")
         return torch.device(name)
-    if torch.cuda.is_available():
-        reason = why_not("cuda")
-        if not reason:
-            return torch.device("cuda")
-        print(f"device   no CUDA: {reason}", flush=True)
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
+    for kind, backend in {"cuda": torch.cuda, "mps": torch.backends.mps}.items():
+        if backend.is_available():
+            reason = why_not(kind)
+            if not reason:
+                return torch.device(kind)
+            print(f"device   no {kind.upper()}: {reason}", flush=True)
+    if cpu_build():
+        print(f"device   no CUDA: {cpu_build()}", flush=True)
     return torch.device("cpu")
 
 
 def why_not(name: str) -> str | None:
     """Why this PyTorch cannot compute on a device, or None if it can."""
+    torch_here = f"this PyTorch ({torch.__version__})"
+    if name == "mps" and torch.__version__ < MPS_SINCE:
+        wrong = "computes BatchNorm's gradient wrongly on Apple's GPUs (pytorch/pytorch#175189)"
+        return f"{torch_here} {wrong}, {MPS_SINCE} or newer does not"
     there = torch.backends.mps.is_available() if name == "mps" else True
     if name.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         there = int(name.partition(":")[2] or 0) < count
+        if not there and cpu_build():
+            return cpu_build()
     if not there:
-        return f"this PyTorch ({torch.__version__}) sees no such device"
+        return f"{torch_here} sees no such device"
     try:
         torch.ones(1, device=name).add_(1).item()
     except RuntimeError as error:  # a card too old or too new for this build
-        return f"this PyTorch ({torch.__version__}) cannot use it: {str(error).splitlines()[0]}"
+        return f"{torch_here} cannot use it: {str(error).splitlines()[0]}"
     return None
+
+
+def cpu_build() -> str | None:
+    """What to do where a driver says that there is an NVIDIA card, and torch was built without
+    CUDA, as what pip installs on Windows is."""
+    if torch.version.cuda or torch.version.hip or not shutil.which("nvidia-smi"):
+        return None
+    return (
+        f"there is an NVIDIA card, and this PyTorch ({torch.__version__}) was built without CUDA: "
+        "https://pytorch.org/get-started/locally has the command that installs the CUDA build"
+    )
 
 
 def pick_precision(name: str, device: torch.device) -> str:
     """auto: bf16 where the hardware multiplies it fast, fp16 on older CUDA cards, else fp32. By
     compute capability: is_bf16_supported() says yes for the T4 that students get for free, which
-    emulates it slowly."""
+    emulates it slowly. Raises UserError."""
+    if name == "fp16" and device.type == "mps":
+        reason = "fused Adam takes steps that overflowed there (pytorch/pytorch#186360)"
+        raise UserError(f"--precision fp16 is not for Apple's GPUs: {reason}; take fp32")
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
-            return "bf16"
+    if device.type == "cpu" and processor().keys() & {"amx_bf16", "avx512_bf16"}:
+        return "bf16"
     return "fp32"
+
+
+def processor() -> dict[str, str]:
+    """The processor's name, as cpu_name, and what it can do, by the names that Linux has for it.
+    Empty where there is no telling."""
+    if hasattr(torch.cpu, "get_capabilities"):  # from torch 2.11 on
+        return {name: str(value) for name, value in torch.cpu.get_capabilities().items() if value}
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = (part.strip() for part in line.partition(":"))
+            if name == "model name":
+                found["cpu_name"] = value
+            if name == "flags":
+                found |= dict.fromkeys(value.split(), "True")
+    return found
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -109,8 +145,7 @@ def device_name(device: torch.device) -> str:
     """What a figure was measured on: the GPU's name, or the processor's and its threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    capabilities = torch.cpu.get_capabilities()
-    name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+    name = processor().get("cpu_name") or platform.processor() or platform.machine()
     return f"{name} {device.type} ({torch.get_num_threads()} threads)"
 
 
@@ -124,8 +159,9 @@ def memory_is_full(error: Exception) -> bool:
         return True
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # in turn: CUDA and MPS; the CPU; CUDA's libraries
-    words = ("out of memory", "allocate memory", "alloc_failed")
+    # in turn: CUDA and MPS; the CPU, on Linux and on Windows; cuBLAS; cuDNN 9, in two ways
+    words = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")
+    words += ("allocation_failed", "unable to find an engine")
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(word in text for word in words)
 
@@ -140,7 +176,7 @@ def free_memory(place: str, device: torch.device, folder: Path) -> int | None:
     if place == "device" and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     estimates = []
-    for ask in (available, half_of_all, group_limit):
+    for ask in (available, windows_available, half_of_all, group_limit):
         with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, StopIteration):
             estimates.append(ask())
     known = [estimate for estimate in estimates if estimate is not None]
@@ -154,6 +190,15 @@ def available() -> int | None:
     lines = Path("/proc/meminfo").read_text().splitlines()
     meminfo = dict(line.split(":", 1) for line in lines)
     return int(meminfo["MemAvailable"].split()[0]) * 1024
+
+
+def windows_available() -> int:
+    """GlobalMemoryStatusEx fills 64 bytes: their number first, and third what is free of the
+    memory that is really there."""
+    status = (ctypes.c_uint64 * 8)(64)
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(status):
+        raise OSError("GlobalMemoryStatusEx failed")
+    return status[2]
 
 
 def half_of_all() -> int | None:

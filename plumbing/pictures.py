@@ -1,30 +1,35 @@
 """Folders of pictures as people have them: DIR/train/<class>/* and DIR/test/<class>/*.
 
     images = folder(Path("pictures"), "train", 224)
-    picture = read_image("cat.jpg")
 
-Which folders are splits, which files are pictures and how one is opened is decided here alone.
+Which folders are splits, and which files are pictures, is decided here alone; data.py opens one.
 What is left out, assumed or changed is said in a line.
 """
 
-import contextlib
 import functools
+import hashlib
 import os
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, JpegImagePlugin, features
+from PIL import Image, features
 
-from data import Images, UserError, stratified_subset
-from plumbing.machine import free_memory, memory_is_full
+from data import Images, UserError, open_lazily, open_picture, stratified_subset
+from plumbing.machine import free_memory
 from plumbing.terminal import progress
 
 BILINEAR = Image.Resampling.BILINEAR  # what torchvision resizes with unless told otherwise
-SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
+# The usual names of each split's folder, in whatever case.
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
 ENDINGS |= {".webp", ".ppm", ".pgm", ".pbm", ".pnm"}  # what Pillow reads without extras
 if features.check("avif"):  # from Pillow 11.3 on
@@ -33,22 +38,13 @@ READ = " ".join(sorted(ENDINGS))
 # What Jupyter, macOS, Windows and network drives leave, beside all that begins with a dot.
 SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"}
 SYSTEM |= {"system volume information", "#recycle", "@recycle"}
-TURNS = {  # by EXIF orientation, what makes the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 NAMED = 10  # of many of a kind, how many are named
-# A JPEG's dots per inch are not asked for: where EXIF says them in nonsense, PIL would not open it.
-JpegImagePlugin.JpegImageFile._read_dpi_from_exif = lambda image: None
+ORIENTATION, ON_ITS_SIDE = 0x0112, 5  # an EXIF tag, and the first of its values to mean that
 FLAT = 8  # levels of 256 between a picture's darkest and brightest value: nothing to be seen
+DARK = 4096  # of 65,536 levels: 12 bits in a file of 16, which look black
 
 
-# ---------------------------------------------------------------- which files
+# ---------------------------------------------------------------- which folders
 
 
 def folder(
@@ -57,130 +53,71 @@ def folder(
     image_size: int,
     classes: tuple[str, ...] | None = None,
     test_share: float | None = None,
-    size: list[int] | None = None,
+    size: Sequence[int] | None = None,
 ) -> Images:
     """One split of the pictures in `root`. test_share: take this share of each class for the
-    test, the same pictures every time, where there is no test folder. size: [height, width] that
+    test, the same pictures every time, where there is no test folder. size: (height, width) that
     the training pictures have in memory, for the test pictures to have it too.
 
     Otherwise kept as they are when all are one size no larger than image_size, else resized to
     [image_size, image_size], as torchvision's Resize does to PIL images. Raises UserError.
     """
     path = split_folder(root, split, test_share)
-    if split == "test" and not test_share:
-        print(f"test pictures from {path}", flush=True)
-    names, files = pictures_in(path)
+    names, files = pictures_in(path, lacking_is_fine=split != "train" and not test_share)
     classes = classes or names
     if unknown := sorted(set(names) - set(classes)):
         raise UserError(f"{path} has classes the training set lacks: {', '.join(unknown)}")
-    labels = torch.tensor([classes.index(file.parent.name) for file in files])
+    labels = torch.tensor([classes.index(class_name(file.parent)) for file in files])
     chosen = torch.arange(len(files))
     if test_share:
         chosen = share(labels, names, split, test_share)
         files = [files[i] for i in chosen]
-    if size:
-        pixels = torch.from_numpy(decode_as(files, (size[1], size[0]), resize=True))
-    else:
-        pixels = torch.from_numpy(decode(files, image_size))
+    if not size:
+        size = size_in_memory(files, image_size)
+    pixels = torch.from_numpy(decode(files, size))
     if (pixels.flatten(1).amax(1) - pixels.flatten(1).amin(1)).le(FLAT).all():
         print(f"warning: every picture in {path} is one flat colour, or nearly", flush=True)
     return Images(pixels, labels[chosen], classes)
 
 
-def split_folder(root: Path, split: str, test_share: float | None) -> Path:
-    """Where a split's classes are: DIR/train, or any usual name of it. Raises UserError."""
-    there = [path for path in inside(root) if path.is_dir() and not is_system(path)]
+def split_folder(root: Path, split: str, test_share: float | None = None) -> Path:
+    """Where a split's classes are: DIR/train, or any usual name of it. val/ is for the test where
+    test/ is missing, or is a heap of pictures without classes. Raises UserError."""
+    there = [path for path in entries(root) if path.is_dir() and not is_system(path)]
+    found = {name: with_name(usual, there) for name, usual in SPLITS.items()}
     if test_share:
-        if path := called(SPLITS["test"], there):
+        if path := found["test"] or found["val"]:
             raise UserError(f"--test-share: the test pictures are in {path} already")
-        return called(SPLITS["train"], there) or root
-    if path := called(SPLITS[split], there):
+        return found["train"] or root
+    if split == "test" and found["val"]:
+        heap = found["test"]
+        if heap and any(path.is_dir() and not is_system(path) for path in entries(heap)):
+            say_once(f"test pictures from {heap}; {found['val']} is not looked at")
+            return heap
+        say_once(f"test pictures from {found['val']}")
+        if heap:
+            say_once(f"{heap} has no classes: evaluate.py --image {heap} names what is in it")
+        return found["val"]
+    if path := found[split]:
+        if split == "test":
+            say_once(f"test pictures from {path}")
         return path
+    usual = " or ".join(SPLITS[split])
     named = ", ".join(path.name for path in there[:NAMED]) or "no folders"
     raise UserError(
-        f"no {root}/{' or '.join(SPLITS[split])}, only {named}: --dataset folder reads "
+        f"no {root}/{usual}, only {named}: --dataset folder reads "
         "DIR/train/<class>/* and DIR/test/<class>/*, with --data-dir DIR; --test-share 0.2 "
         "takes a fifth of DIR/<class>/* or DIR/train/<class>/* for the test"
     )
 
 
-def called(names: tuple[str, ...], there: list[Path]) -> Path | None:
+def with_name(names: tuple[str, ...], there: list[Path]) -> Path | None:
     """The folder with the first of these names, in whatever case."""
     for name in names:
         for path in there:
             if path.name.lower() == name:
                 return path
     return None
-
-
-def pictures_in(path: Path) -> tuple[tuple[str, ...], list[Path]]:
-    """The classes, sorted, and the pictures of all of them, class by class. Says what is left
-    out. Raises UserError."""
-    names, files, left_out = [], [], Counter()
-    for place in inside(path):
-        if is_system(place):
-            left_out["hidden or system"] += 1
-        elif not place.is_dir():
-            left_out[f"{place.suffix or place.name} in no class"] += 1
-        else:
-            names.append(place.name)
-            files += pictures_of(place, left_out)
-    if not names:
-        raise UserError(f"{path} has no folder in it: it takes one for each class")
-    filled = {file.parent.name for file in files}
-    if not files:
-        raise UserError(f"{path} holds no pictures (read: {READ})")
-    if path.name.lower() not in SPLITS["test"] and (empty := sorted(set(names) - filled)):
-        raise UserError(f"{path}: no pictures of {', '.join(empty)} (read: {READ})")
-    if left_out:
-        told = ", ".join(f"{count} {what}" for what, count in left_out.most_common(NAMED))
-        say_once(f"left out of {path}: {told}")
-    return tuple(names), files
-
-
-def pictures_of(place: Path, left_out: Counter) -> list[Path]:
-    """The pictures of one class; counts the other files in left_out. Raises UserError for
-    pictures that lie deeper, of which nobody knows whether they are another class."""
-    files = []
-    for file in inside(place):
-        if is_system(file):
-            left_out["hidden or system"] += 1
-        elif file.is_dir():
-            if inner := next(deeper(file), None):
-                raise UserError(f"pictures lie deeper than {place.parent}/<class>/: {inner}")
-            left_out["folder"] += 1
-        elif file.suffix.lower() in ENDINGS:
-            files.append(file)
-        else:
-            left_out[file.suffix.lower() or "without an ending"] += 1
-    return files
-
-
-def deeper(place: Path) -> Iterator[Path]:
-    """The pictures in a folder and all below it."""
-    for where, folders, names in os.walk(place):
-        folders[:] = [name for name in folders if not is_system(Path(name))]
-        for name in sorted(names):
-            if Path(name).suffix.lower() in ENDINGS and not name.startswith("."):
-                yield Path(where) / name
-
-
-def inside(root: Path) -> list[Path]:
-    """Sorted. Raises UserError for a folder that is none or cannot be read."""
-    try:
-        return sorted(root.iterdir())
-    except OSError as error:
-        raise UserError(f"cannot read the folder {root} ({error.strerror})") from error
-
-
-def is_system(path: Path) -> bool:
-    return path.name.startswith(".") or path.name.lower() in SYSTEM
-
-
-def in_both(train: Images, test: Images) -> int:
-    """How many of the test pictures are among the training pictures, pixel for pixel."""
-    seen = {picture.numpy().tobytes() for picture in train.pixels}
-    return sum(picture.numpy().tobytes() in seen for picture in test.pixels)
 
 
 def share(
@@ -202,68 +139,90 @@ def share(
     return rest.nonzero().flatten()
 
 
-# ---------------------------------------------------------------- opening them
+def in_both(train: Images, test: Images) -> int:
+    """How many of the test pictures are among the training pictures, pixel for pixel."""
+
+    def digest(picture: torch.Tensor) -> bytes:
+        return hashlib.blake2b(picture.numpy(), digest_size=16).digest()
+
+    seen = set(map(digest, train.pixels))
+    return sum(digest(picture) in seen for picture in test.pixels)
 
 
-def read_image(file: str | Path) -> Image.Image:
-    """A picture as RGB, upright as its EXIF orientation says, on white where it is transparent.
-    Raises UserError naming the file."""
+# ---------------------------------------------------------------- which files
+
+
+def pictures_in(path: Path, lacking_is_fine: bool) -> tuple[tuple[str, ...], list[Path]]:
+    """The classes, sorted, and the pictures of all of them, class by class. Says what is left
+    out. lacking_is_fine: a class may be empty. Raises UserError."""
+    names, files, left_out = set(), [], Counter()
+    for place in entries(path):
+        if is_system(place):
+            left_out["hidden or system"] += 1
+        elif not place.is_dir():
+            left_out[f"{place.suffix or place.name} in no class"] += 1
+        else:
+            names.add(class_name(place))
+            files += pictures_of(place, left_out)
+    if not names:
+        raise UserError(f"{path} has no folder in it: it takes one for each class")
+    if not files:
+        raise UserError(f"{path} holds no pictures (read: {READ})")
+    empty = sorted(names - {class_name(file.parent) for file in files})
+    if empty and not lacking_is_fine:
+        raise UserError(f"{path}: no pictures of {', '.join(empty)} (read: {READ})")
+    say_left_out(path, left_out)
+    return tuple(sorted(names)), files
+
+
+def pictures_of(place: Path, left_out: Counter) -> list[Path]:
+    """The pictures of one class; counts the other files in left_out. Raises UserError for
+    pictures that lie deeper, of which nobody knows whether they are another class."""
+    files = []
+    for file in entries(place):
+        if is_system(file):
+            left_out["hidden or system"] += 1
+        elif file.is_dir():
+            if inner := next(pictures_below(file), None):
+                raise UserError(f"pictures lie deeper than {place.parent}/<class>/: {inner}")
+            left_out["folder"] += 1
+        elif file.suffix.lower() in ENDINGS:
+            files.append(file)
+        else:
+            left_out[file.suffix.lower() or "without an ending"] += 1
+    return files
+
+
+def pictures_below(place: Path) -> Iterator[Path]:
+    """The pictures in a folder and in all folders in it."""
+    for where, folders, names in os.walk(place):
+        folders[:] = sorted(name for name in folders if not is_system(Path(name)))
+        for name in sorted(names):
+            if Path(name).suffix.lower() in ENDINGS and not name.startswith("."):
+                yield Path(where) / name
+
+
+def entries(root: Path) -> list[Path]:
+    """What is in a folder, sorted. Raises UserError for one that is none or cannot be read."""
     try:
-        with Image.open(file) as image:
-            deep = ";16" in str(image.tile)  # 16 bits a channel; of colours PIL keeps the upper 8
-            return as_rgb(upright(image), deep)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-    except Exception as error:  # PIL's plugins raise nearly everything on a broken file
-        if memory_is_full(error):
-            raise
-        raise UserError(f"cannot read the picture {file}: {error}") from error
+        return sorted(root.iterdir(), key=class_name)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {root} ({error.strerror})") from error
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF says. Only the orientation is asked for: whatever else is broken in a
-    picture's metadata does not make it a bad picture."""
-    image.load()
-    try:
-        orientation = image.getexif().get(0x0112)
-    except Exception:  # a telephone's idea of EXIF
-        return image
-    if orientation in TURNS:
-        return image.transpose(TURNS[orientation])
-    return image
+def class_name(place: Path) -> str:
+    """A folder's name, its accents composed: macOS writes é as two characters, Linux as one."""
+    return unicodedata.normalize("NFC", place.name)
 
 
-def as_rgb(image: Image.Image, deep: bool = False) -> Image.Image:
-    """8 bits of RGB. deep: there were 16. Raises UserError for values of which nobody knows what
-    is white."""
-    if image.mode == "F":
-        low, high = image.getextrema()
-        raise UserError(
-            f"holds floating-point values from {low:g} to {high:g}: save it with 8 bits, 0 to 255"
-        )
-    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip to 8
-        values = np.asarray(image)
-        if not 4096 <= values.max() < 65536 or values.min() < 0:
-            found = f"values from {values.min()} to {values.max()} in {8 * values.itemsize} bits"
-            raise UserError(
-                f"holds {found}, which is nearly black or beyond white: save it with 8 bits, or "
-                "spread over all 16"
-            )
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    colours = [image.getchannel(band) for band in image.getbands() if band != "A"]
-    if deep and 0 < max(colour.getextrema()[1] for colour in colours) < 16:
-        raise UserError(
-            "holds values below 4096 in 16 bits, which is nearly black: save it with 8 bits, "
-            "or spread over all 16"
-        )
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image)
-        if image.getextrema()[3][0] < 255:
-            say_once("transparent pictures are put on white")
-        return white.convert("RGB")
-    return image.convert("RGB")
+def is_system(path: Path) -> bool:
+    return path.name.startswith(".") or path.name.lower() in SYSTEM
+
+
+def say_left_out(path: Path, left_out: Counter) -> None:
+    if left_out:
+        told = ", ".join(f"{count} {what}" for what, count in left_out.most_common(NAMED))
+        say_once(f"left out of {path}: {told}")
 
 
 @functools.cache
@@ -272,53 +231,63 @@ def say_once(text: str) -> None:
     print(text, flush=True)
 
 
-def decode(files: list[Path], image_size: int) -> np.ndarray:
-    """All pictures, uint8 [N, height, width, 3]: in their own size if they share one that is no
-    larger than image_size, else resized to [image_size, image_size]. Raises UserError naming
-    those that cannot be read."""
-    pixels = None
-    with contextlib.suppress(UserError):  # the second reading says all that is wrong
-        size = read_image(files[0]).size
-        if max(size) <= image_size:
-            pixels = decode_as(files, size, resize=False)
-    if pixels is None:
-        pixels = decode_as(files, (image_size, image_size), resize=True)
-    return pixels
+# ---------------------------------------------------------------- reading them
 
 
-def decode_as(files: list[Path], size: tuple[int, int], resize: bool) -> np.ndarray | None:
-    """Pictures of one (width, height), uint8 [N, height, width, 3]; if one has another size and
-    is not to be resized, None."""
-    need = len(files) * size[0] * size[1] * 3
+def size_in_memory(files: list[Path], image_size: int) -> tuple[int, int]:
+    """The (height, width) that all pictures share, if it is no larger than image_size; otherwise
+    (image_size, image_size). Reads the files' headers alone."""
+    shared = None
+    for number, file in enumerate(files, start=1):
+        progress(f"looking at pictures: {number:,} of {len(files):,}")
+        try:
+            with open_lazily(file) as image:
+                width, height = image.size
+                if image.getexif().get(ORIENTATION, 1) >= ON_ITS_SIDE:
+                    width, height = height, width
+        except Exception:  # which decode will tell, of this file and of all others
+            continue
+        if max(height, width) > image_size or shared not in (None, (height, width)):
+            return image_size, image_size
+        shared = height, width
+    return shared or (image_size, image_size)
+
+
+def decode(files: list[Path], size: Sequence[int]) -> np.ndarray:
+    """All pictures, resized to (height, width): uint8 [N, height, width, 3]. Raises UserError
+    naming those that cannot be read."""
+    height, width = size
+    need = len(files) * height * width * 3
     free = free_memory("host", torch.device("cpu"), Path())
     if free is not None and need > free:
         raise UserError(
-            f"{len(files):,} pictures of {size[0]}x{size[1]} take {need / 1e9:.1f} GB, and "
+            f"{len(files):,} pictures of {width}x{height} take {need / 1e9:.1f} GB, and "
             f"{free / 1e9:.1f} GB are free: use a smaller --image-size or fewer pictures"
         )
-    pixels, broken = np.empty((len(files), size[1], size[0], 3), np.uint8), []
+    pixels, deep, broken = np.empty((len(files), height, width, 3), np.uint8), [], []
 
-    def decode_one(i: int) -> bool:
+    def decode_one(i: int) -> None:
         try:
-            image = read_image(files[i])
+            picture = open_picture(files[i])
         except UserError as error:
             broken.append(str(error))
-            return True
-        fits = resize or image.size == size
-        if fits:
-            pixels[i] = image.resize(size, BILINEAR)
-        return fits
+            return
+        pixels[i] = picture.image.resize((width, height), BILINEAR)
+        if picture.transparent:
+            say_once("transparent pictures are put on white")
+        if picture.highest:
+            deep.append(picture.highest)
 
-    # PIL decodes outside the interpreter lock; tiny pictures only fight for it
-    with ThreadPoolExecutor() as pool:
-        run = map if max(size) <= 64 else pool.map
-        for done, fits in enumerate(run(decode_one, range(len(files))), start=1):
-            if not fits:
-                pool.shutdown(cancel_futures=True)
-                return None
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
+        for done, _ in enumerate(pool.map(decode_one, range(len(files))), start=1):
             progress(f"reading pictures: {done:,} of {len(files):,}")
     progress()
     if broken:
         more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
         raise UserError("; ".join(sorted(broken)[:NAMED]) + more)
+    if deep and max(deep) < DARK:
+        raise UserError(
+            f"the pictures of 16 bits in {files[0].parent.parent} are nearly black, none above "
+            f"{max(deep):,} of 65,535: save them with 8 bits, or spread over all 16"
+        )
     return pixels

@@ -86,7 +86,7 @@ def comparable(runs: Runs) -> tuple[list[Candidate], list[str]]:
         key = row["trainable_parameters"], row["strategy"], row["learning_rates"]
         begun = saved["settings"]["train_data"], saved["settings"]["initial_network"]
         found = strategies.setdefault(key, {}).setdefault(row["epochs"], {})
-        found[row["seed"], *begun] = row, saved
+        found[(row["seed"], *begun)] = row, saved
     have = Counter(epochs for lengths in strategies.values() for epochs in lengths)
     epochs = max(have, key=lambda length: (have[length], length))
     there = {key: lengths[epochs] for key, lengths in strategies.items() if epochs in lengths}

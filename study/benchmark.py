@@ -18,6 +18,9 @@ Also takes train.py's --dataset, --data-dir, --weights, --model, --image-size,
 --batch-size, --seed, --device and --precision.
 """
 
+import plumbing  # noqa: F401  # before torch, for whose threads it sets something
+
+# isort: split
 import contextlib
 import io
 import multiprocessing

@@ -1,5 +1,8 @@
 """Small runs of train.py inside the test's own process, and an HTTP server to download from."""
 
+import plumbing  # noqa: F401  # before torch, for whose threads it sets something
+
+# isort: split
 import csv
 import functools
 import http.server
@@ -21,33 +24,6 @@ SMALL = ("--dataset", "synthetic", "--weights", "none", "--image-size", "48", "-
 SMALL += ("--batch-size", "25", "--epochs", "2", "--device", "cpu", "--precision", "fp32")
 
 
-# Cases of which a quicker one of the same kind always runs, beside those marked slow.
-SLOW = {
-    "test_a_command_through_an_ascii_pipe_spells_all_names",
-    "test_a_run_where_fcntl_resource_sysconf_mallopt_and_proc_are_missing",
-    "test_without_matplotlib_it_says_what_to_install",
-    "test_two_ranks_learn_what_one_process_learns_from_both_batches[False]",
-    "test_a_rank_that_dies_ends_the_others",
-    "test_a_run_on_two_ranks_is_told_once_kept_once_and_goes_on",
-    "test_pretraining_on_other_pictures_helps",
-    "test_a_reader_that_never_was",
-    "test_a_run_that_is_told_to_stop_says_how_to_go_on[15-143]",
-    "test_a_short_run_goes_on_to_a_longer_one[more1]",
-    "test_an_error_has_its_status_though_nobody_reads",
-    "test_an_error_inside_the_network_is_a_traceback_and_not_the_user_s_mistake[layer1]",
-    "test_another_run_of_the_same_name_is_not_resumed_nor_replaced[resuming1]",
-    "test_evaluation_agrees_with_the_last_epoch[unfreeze3-fp16-1-0.01]",
-    "test_killed_before_it_removes_the_state_between_the_next_run_removes_it[resuming1]",
-    "test_layer4_learns_the_drawn_pictures_and_fc_alone_does_not",
-    "test_stopped_in_the_middle_it_goes_on_after_its_last_epoch[unfreeze1-lengths1]",
-    "test_the_same_losses_as_the_textbook_script[unfreeze0-False]",
-    "test_the_same_losses_as_the_textbook_script[unfreeze2-False]",
-    "test_the_same_losses_as_the_textbook_script[unfreeze3-True]",
-    "test_the_same_losses_with_and_without_the_cache[unfreeze0]",
-    "test_the_same_losses_with_and_without_the_cache[unfreeze2]",
-}
-
-
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=5, help="how often a run is killed (default: 5)")
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
@@ -57,8 +33,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
-        slow = item.get_closest_marker("slow") or item.name in SLOW
-        if slow and not config.getoption("--slow"):
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
 
 

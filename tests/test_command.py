@@ -47,6 +47,7 @@ def test_a_command_whose_reader_leaves_goes_on_quietly(tmp_path):
     assert (tmp_path / "file").read_text() == "written"
 
 
+@pytest.mark.slow
 def test_an_error_has_its_status_though_nobody_reads(tmp_path):
     fails = "raise __import__('data').UserError('the cause')"
     process = script(tmp_path / "file", fails)
@@ -58,6 +59,7 @@ def test_an_error_has_its_status_though_nobody_reads(tmp_path):
     assert process.wait() == 2
 
 
+@pytest.mark.slow
 def test_a_reader_that_never_was(tmp_path):
     """Output to a pipe whose other end is closed before the first line."""
     reading, writing = os.pipe()
@@ -81,6 +83,7 @@ def test_a_stream_that_nobody_reads_swallows_what_is(flush):
 # ---------------------------------------------------------------- what cannot be spelled
 
 
+@pytest.mark.slow
 def test_a_command_through_an_ascii_pipe_spells_all_names(tmp_path):
     last = "raise __import__('data').UserError(sys.argv[2])"
     name = "F\u00fcchse \u732b ".encode() + b"caf\xe9"

@@ -54,7 +54,7 @@ def read_table(file) -> tuple[list[str], list[list[str]]]:
         ([], "fp32", 0, 1e-4),
         (["layer4"], "fp32", 0, 1e-4),
         (["layer4"], "bf16", 1, 1e-2),
-        (["layer4"], "fp16", 1, 1e-2),
+        pytest.param(["layer4"], "fp16", 1, 1e-2, marks=pytest.mark.slow),
     ],
 )
 def test_evaluation_agrees_with_the_last_epoch(run, tmp_path, unfreeze, precision, images, rel):

@@ -75,7 +75,14 @@ def test_the_usual_mistake_is_caught(right):
 # ---------------------------------------------------------------- 2. the cache changes only speed
 
 
-@pytest.mark.parametrize("unfreeze", STRATEGIES)
+@pytest.mark.parametrize(
+    "unfreeze",
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        ("layer4",),
+        pytest.param(("layer3", "layer4"), marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_losses_with_and_without_the_cache(run, float64, unfreeze):
     flags = ["--image-size", "32", "--unfreeze", *unfreeze]
     cached = history(run(*flags, "--cache", "host"), *LOSSES)
@@ -127,10 +134,15 @@ def exact_inputs(float64, monkeypatch):
     monkeypatch.setattr(textbook.Pictures, "__getitem__", exact_item)
 
 
-USUAL = [(stages, False) for stages in STRATEGIES]
-
-
-@pytest.mark.parametrize("unfreeze, mistake", [*USUAL, (("layer4",), True)])
+@pytest.mark.parametrize(
+    "unfreeze, mistake",
+    [
+        pytest.param((), False, marks=pytest.mark.slow),
+        (("layer4",), False),
+        pytest.param(("layer3", "layer4"), False, marks=pytest.mark.slow),
+        pytest.param(("layer4",), True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_losses_as_the_textbook_script(run, exact_inputs, pictures, unfreeze, mistake):
     """The same order and flips, PIL pictures one by one, the whole network in every step."""
     flags = ["--dataset", "folder", "--data-dir", str(pictures), "--unfreeze", *unfreeze]

@@ -372,6 +372,7 @@ def python(script: str, folder: Path, argument: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_where_fcntl_resource_sysconf_mallopt_and_proc_are_missing(tmp_path):
     """As on Windows, but for its libraries."""
     out = python(NOWHERE + RUN, ROOT, tmp_path)

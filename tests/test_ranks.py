@@ -173,7 +173,7 @@ def in_one_process(norm: bool) -> tuple[dict, list[float], torch.Tensor]:
     return state, losses, logits
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_ranks_learn_what_one_process_learns_from_both_batches(tmp_path, norm):
     (tmp_path / "alone.py").write_text(ALONE)
     done = torchrun(str(tmp_path / "alone.py"), str(tmp_path), "norm" if norm else "none")
@@ -195,6 +195,7 @@ WORDS = [*SMALL, "--image-size", "32", "--train-size", "61", "--batch-size", "10
 WORDS += ["--unfreeze", "layer4", "--precision", "fp32", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks_is_told_once_kept_once_and_goes_on(tmp_path):
     script, out = str(ROOT / "train.py"), str(tmp_path / "parts")
     whole = torchrun(script, *WORDS, "--epochs", "3", "--out", str(tmp_path / "whole"))
@@ -217,6 +218,7 @@ def test_a_run_on_two_ranks_is_told_once_kept_once_and_goes_on(tmp_path):
             assert torch.equal(value, pretrained[name])
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others(tmp_path):
     (tmp_path / "dies.py").write_text(
         "import os, sys, train\n"

@@ -175,7 +175,9 @@ def run_and_stop(run, monkeypatch, number: int, *flags: str) -> None:
         run(*flags)
 
 
-@pytest.mark.parametrize("unfreeze, lengths", [([], [4]), (["layer4"], [3, 4])])
+@pytest.mark.parametrize(
+    "unfreeze, lengths", [([], [4]), pytest.param(["layer4"], [3, 4], marks=pytest.mark.slow)]
+)
 def test_stopped_in_the_middle_it_goes_on_after_its_last_epoch(
     run, monkeypatch, capsys, every_epoch, unfreeze, lengths
 ):
@@ -209,7 +211,7 @@ def test_where_writing_is_slow_it_writes_seldom_and_goes_on_from_what_there_is(
     same(whole, folder, 4)
 
 
-@pytest.mark.parametrize("resuming", [["--resume"], []])
+@pytest.mark.parametrize("resuming", [["--resume"], pytest.param([], marks=pytest.mark.slow)])
 def test_killed_before_it_removes_the_state_between_the_next_run_removes_it(
     run, monkeypatch, every_epoch, resuming
 ):
@@ -258,7 +260,7 @@ def test_only_what_is_missing_is_run(run, capsys, lacking, trained):
         same_state(checkpoint(folder, epochs), expected[epochs])
 
 
-@pytest.mark.parametrize("more", [["1", "2"], ["2"]])
+@pytest.mark.parametrize("more", [["1", "2"], pytest.param(["2"], marks=pytest.mark.slow)])
 def test_a_short_run_goes_on_to_a_longer_one(run, capsys, more):
     flags = ["--image-size", "32", "--unfreeze", "layer4", "--epochs"]
     long = run(*flags, "1", "2")
@@ -366,7 +368,7 @@ def refused(run, capsys, tmp_path):
     return refused
 
 
-@pytest.mark.parametrize("resuming", [["--resume"], []])
+@pytest.mark.parametrize("resuming", [["--resume"], pytest.param([], marks=pytest.mark.slow)])
 def test_another_run_of_the_same_name_is_not_resumed_nor_replaced(
     refused, monkeypatch, tmp_path, resuming
 ):
@@ -471,7 +473,10 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(run, monkeypatch
 # ---------------------------------------------------------------- stopped, doubled
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, status",
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, number, status):
     process = start_script("train.py", *QUICK, "--epochs", "1000", "--out", str(tmp_path))
     while not process.stdout.readline().startswith("   1/1000"):
@@ -671,7 +676,7 @@ def raises(error: Exception, main) -> None:
     assert raised.value is error
 
 
-@pytest.mark.parametrize("stage", ["layer1", "layer4"])
+@pytest.mark.parametrize("stage", [pytest.param("layer1", marks=pytest.mark.slow), "layer4"])
 def test_an_error_inside_the_network_is_a_traceback_and_not_the_user_s_mistake(
     run, monkeypatch, stage
 ):

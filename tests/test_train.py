@@ -192,6 +192,7 @@ def test_another_resnet_trains_and_is_named_in_the_run(run, capsys):
 # ---------------------------------------------------------------- what comes out
 
 
+@pytest.mark.slow
 def test_pretraining_on_other_pictures_helps(run):
     """What the demo shows: fc alone, on a network that has learned other drawn classes, is right
     more often than one that learns from random weights, two stages and all."""
@@ -206,6 +207,7 @@ def test_pretraining_on_other_pictures_helps(run):
     assert pretrained > from_random + 0.15
 
 
+@pytest.mark.slow
 def test_layer4_learns_the_drawn_pictures_and_fc_alone_does_not(run):
     words = ["--image-size", "32", "--train-size", "200", "--batch-size", "100", "--epochs", "20"]
     columns = "train_accuracy", "test_accuracy"
