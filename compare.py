@@ -31,7 +31,7 @@ from plumbing.flags import folder, output
 from plumbing.runs import read_checkpoint, summary_row
 from plumbing.scoring import Loaded, prepared
 from plumbing.terminal import print_row
-from plumbing.verdict import paired, verdict
+from plumbing.verdict import paired, spreads, verdict
 
 PAIRED = ("run", "epochs", "other", "other_epochs", "difference", "standard_error")
 PAIRED += ("only_run_right", "only_other_right", "test_images")
@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
             failed = True
     if args.csv and rows:
         write_csv(args.csv, rows[0], [row.values() for row in rows])
+    for line in spreads(rows, runs):
+        print(line)
     lines = list(verdict(rows, runs))
     if args.paired or not lines:
         report_pairs(args.paired, rows, runs)

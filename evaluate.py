@@ -4,6 +4,7 @@
     python evaluate.py results/*/epoch*.pt --csv scores.csv
     python evaluate.py results/cifar10-fc+layer4-*/epoch10.pt --per-class
     python evaluate.py results/cifar10-fc+layer4-*/epoch10.pt --image cat.jpg dog.png
+    python evaluate.py results/pictures-*/epoch10.pt --image FOLDER --csv predictions.csv
 
 What --per-class writes lies beside the checkpoint.
 """
@@ -16,16 +17,15 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
-from data import Images, UserError
+from data import Images, UserError, read_picture
 from plumbing import datasets, machine
 from plumbing.command import Parser, command, paths
 from plumbing.files import check_writable, write_csv, write_file
 from plumbing.flags import folder, output
-from plumbing.pictures import BILINEAR, read_image
+from plumbing.pictures import find_pictures
 from plumbing.runs import read_checkpoint, summary_row
 from plumbing.scoring import Loaded, predict, prepared, score
 from plumbing.terminal import print_row
@@ -38,12 +38,14 @@ def parse(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     # fmt: off
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="epochN.pt files of train.py")
-    add("--csv", type=output, metavar="FILE", help="write a row per checkpoint to this file")
+    add("--csv", type=output, metavar="FILE",
+        help="write a row per checkpoint to this file, or with --image a row per picture")
     add("--per-class", action="store_true",
         help="accuracy per class; beside the checkpoint the confusion matrix and the most "
              "confident mistakes")
     add("--image", nargs="+", metavar="PICTURE",
-        help="after the checkpoints: the top five classes of these pictures, no scoring")
+        help="after the checkpoints: the top five classes of these pictures, or of all pictures "
+             "in these folders, no scoring")
     add("--data-dir", type=folder, metavar="DIR",
         help="where the data set is now (default: where it was)")
     add("--device", type=machine.device_flag, help="default: as in training")
@@ -51,8 +53,10 @@ def parse(argv: list[str] | None) -> Namespace:
     # fmt: on
     args = parser.parse_args(argv)
     args.checkpoints = paths(args.checkpoints)
-    if args.image and (args.csv or args.per_class):
-        raise UserError("--image names pictures; --csv and --per-class score: one at a time")
+    if args.image and args.per_class:
+        raise UserError("--image names pictures, and --per-class scores: one at a time")
+    if args.image and args.csv and len(args.checkpoints) > 1:
+        raise UserError("--image with --csv takes one checkpoint: a row is one picture's")
     if args.image and args.data_dir:
         raise UserError("--data-dir is for scoring: --image names pictures of no data set")
     return args
@@ -62,13 +66,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.csv:
         check_writable(args.csv)
+    pictures = [file for path in paths(args.image or []) for file in find_pictures(Path(path))]
     load = datasets.Once()  # many checkpoints share one test set
     rows, failed = [], False
     for path in args.checkpoints:
         try:
             trained = Loaded(read_checkpoint(path), args.device, args.precision)
             if args.image:
-                failed |= not name_pictures(path, trained, paths(args.image))
+                rows = name_pictures(path, trained, pictures)
+                failed |= len(rows) < len(pictures)
                 continue
             rows.append(score_one(path, trained, load, args, header=not rows))
         except UserError as error:  # said, and the others scored all the same
@@ -103,28 +109,32 @@ def complain(error: UserError | str) -> None:
     print(f"evaluate.py: error: {error}", file=sys.stderr, flush=True)
 
 
-def name_pictures(path: str, trained: Loaded, files: list[str]) -> bool:
+def name_pictures(path: str, trained: Loaded, files: list[Path]) -> list[dict]:
     """Print the five likeliest classes of each picture, which goes the way that the training
-    pictures went: to their size, then to the network's. Returns whether all could be read."""
-    height, width = trained.checkpoint["facts"]["picture_size"]
-    named, pictures = [], []
-    for file in files:
-        try:
-            pictures.append(np.asarray(read_image(file).resize((width, height), BILINEAR)))
-            named.append(file)
-        except UserError as error:
-            complain(error)
-    if not pictures:
-        return False
-    pixels = torch.from_numpy(np.stack(pictures))
-    batches = prepared(pixels, trained.image_size, trained.device)
-    logits = predict(trained.model, batches, trained.device, trained.precision)
+    pictures went: to their size, then to the network's. Returns a row of the CSV for each one that
+    could be read: its file, the likeliest class and that one's probability, and all classes'."""
+    rows = []
     print(path)
-    for file, probabilities in zip(named, logits.softmax(1)):
-        best = probabilities.topk(min(5, len(trained.classes)))
-        likely = [f"{trained.classes[i]} {p:.1%}" for p, i in zip(best.values, best.indices)]
-        print(f"{file}: {', '.join(likely)}")
-    return len(named) == len(files)
+    for start in range(0, len(files), 128):
+        named, pictures = [], []
+        for file in files[start : start + 128]:
+            try:
+                pictures.append(read_picture(file, trained.checkpoint["facts"]["picture_size"]))
+                named.append(file)
+            except UserError as error:
+                complain(error)
+        if not named:
+            continue
+        batches = prepared(torch.cat(pictures), trained.image_size, trained.device)
+        logits = predict(trained.model, batches, trained.device, trained.precision)
+        for file, probabilities in zip(named, logits.softmax(1).cpu()):
+            best = probabilities.topk(min(5, len(trained.classes)))
+            likely = [f"{trained.classes[i]} {p:.1%}" for p, i in zip(best.values, best.indices)]
+            print(f"{file}: {', '.join(likely)}")
+            row = {"file": file, "class": trained.classes[best.indices[0]]}
+            row["probability"] = best.values[0].item()
+            rows.append(row | dict(zip(trained.classes, probabilities.tolist())))
+    return rows
 
 
 def report_classes(path: Path, logits: torch.Tensor, images: Images) -> None:

@@ -5,27 +5,24 @@
 
 Reads summary.csv (compare.py --csv, evaluate.py --csv), every run's
 history.csv, and where evaluate.py --per-class has written them, the confusion
-matrices and the mistakes. Needs matplotlib: pip install matplotlib
+matrices and the mistakes.
 """
 
 import csv
 import itertools
+import os
 import textwrap
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook leaves another name here
+import matplotlib
 import numpy as np
+from matplotlib import font_manager, pyplot
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from plumbing.command import Parser, UserError, command
-
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
-except ImportError:
-    pyplot = None
 
 # Colours that the colour-blind can tell apart (Okabe and Ito 2008); lines and markers that a
 # black and white print can.
@@ -114,6 +111,30 @@ def by(runs: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     for run in runs:
         groups.setdefault(tuple(run[key] for key in keys), []).append(run)
     return groups
+
+
+def find_fonts(texts: Iterable[str]) -> None:
+    """Lets matplotlib take letters that its own font lacks, such as Chinese ones, from the system's
+    fonts, and says which letters none of them has."""
+    own = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    missing = {letter for text in texts for letter in text if letter.isprintable()}
+    missing = {letter for letter in missing if ord(letter) not in own.get_charmap()}
+    families = ["DejaVu Sans"]
+    for file in sorted(font_manager.findSystemFonts()) if missing else ():
+        try:
+            font = font_manager.get_font(file)
+            has = {letter for letter in missing if ord(letter) in font.get_charmap()}
+            if has:
+                font_manager.fontManager.addfont(file)
+                families.append(font.family_name)
+        except (OSError, RuntimeError):  # no font that can be drawn with
+            continue
+        missing -= has
+    matplotlib.rcParams["font.family"] = families
+    warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    if missing:
+        letters = "".join(sorted(missing)[:20])
+        print(f"no font here has {letters}: a box stands for each (Noto Sans CJK has the most)")
 
 
 # ---------------------------------------------------------------- pictures
@@ -282,16 +303,19 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("folder", nargs="?", type=Path, default=default, help="default: study/results/h100")
     folder = parser.parse_args(argv).folder.expanduser()
-    if pyplot is None:
-        raise UserError("drawing needs matplotlib: pip install matplotlib")
-    kinds = by(read(folder), *KIND)
+    runs = read(folder)
+    matrices = sorted(folder.glob("*/*.confusion.csv"))
+    listed = sorted(folder.glob("*/*.mistakes/mistakes.csv"))
+    texts = [file.read_text("utf-8-sig", "replace") for file in (*matrices, *listed)]
+    find_fonts([*texts, *(run["dataset"] for run in runs)])
+    kinds = by(runs, *KIND)
     differ = [name for name in KIND if len({key[KIND.index(name)] for key in kinds}) > 1]
     for runs in kinds.values():
         prefix = "".join(f"{runs[0][name]}-" for name in differ)
         draw_kind(folder, prefix, runs)
-    for file in sorted(folder.glob("*/*.confusion.csv")):
+    for file in matrices:
         save(file.with_suffix(".png"), confusion, file)
-    for file in sorted(folder.glob("*/*.mistakes/mistakes.csv")):
+    for file in listed:
         save(file.with_suffix(".png"), mistakes, file)
 
 

@@ -70,8 +70,8 @@ if [ ! "$python" ]; then
         exit 1
     fi
     echo "No Python here has torch 2.4 and torchvision 0.19, or newer (${seen:-$base is bare})." >&2
-    echo "Installing requirements.txt into $here/.venv: once, some minutes, 6 GB. Without a GPU a" >&2
-    echo "smaller torch is enough: stop this, and run it again after" >&2
+    echo "Installing requirements.txt into $here/.venv: once, some minutes, 6 GB." >&2
+    echo "Without a GPU a smaller torch is enough: stop this, and run it again after" >&2
     echo "    pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu" >&2
     "$base" -m venv --clear "$here/.venv" >/dev/null 2>&1 || {
         rm -rf "$here/.venv"

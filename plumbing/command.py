@@ -75,24 +75,25 @@ def command(main: Callable[[], None], when_stopped: str, when_full: str) -> None
 
 
 class Patient:
-    """A stream to print to, which never ends a command: what it cannot spell is escaped, and
-    when nobody reads it any more, as after `| head -1`, nothing is written."""
+    """A stream to print to, which never ends a command: what it cannot spell is escaped, and when
+    nothing can be written any more, as after `| head -1` or when the terminal has gone, nothing is.
+    stream: None where there was never one."""
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  # until the process ends
         with contextlib.suppress(AttributeError):  # of a notebook
-            stream.reconfigure(errors="backslashreplace")
+            self.stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
-        except BrokenPipeError:
+        except OSError:
             return self.give_up()
 
     def flush(self) -> None:
         try:
             self.stream.flush()
-        except BrokenPipeError:
+        except OSError:
             self.give_up()
 
     def give_up(self) -> int:
@@ -121,6 +122,8 @@ def outcome(error: Exception, when_full: str) -> tuple[int | None, str]:
         return 1, f"error: {error}"
     if isinstance(error, UserError):
         return 2, f"error: {error}"
+    if isinstance(error, PermissionError) and error.filename:
+        return 2, f"error: cannot open {error.filename} ({error.strerror})"
     if isinstance(error, FloatingPointError):
         return 1, f"error: {error}"
     if memory_is_full(error):

@@ -117,8 +117,8 @@ def fetch(name: str, data_dir: Path) -> None:
     there. Raises UserError naming every source that failed and what to do by hand."""
     dataset = CIFAR[name]
     archive = data_dir / dataset.filename
-    there = pictures.inside(data_dir) if data_dir.is_dir() else []
-    if pictures.called(pictures.SPLITS["train"], there):
+    there = pictures.entries(data_dir) if data_dir.is_dir() else []
+    if pictures.with_name(pictures.SPLITS["train"], there):
         meant = f"{data_dir} holds pictures to train on"
         raise UserError(f"{meant}: --dataset folder was probably meant, with --data-dir {data_dir}")
     try:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ def split_folder(root: Path, split: str, test_share: float | None = None) -> Pat
         if split == "test":
             say_once(f"test pictures from {path}")
         return path
-    usual = " or ".join(SPLITS[split])
+    usual = " or ".join(SPLITS[split] + SPLITS["val"] * (split == "test"))
     named = ", ".join(path.name for path in there[:NAMED]) or "no folders"
     raise UserError(
         f"no {root}/{usual}, only {named}: --dataset folder reads "
@@ -193,13 +194,30 @@ def pictures_of(place: Path, left_out: Counter) -> list[Path]:
     return files
 
 
-def pictures_below(place: Path) -> Iterator[Path]:
-    """The pictures in a folder and in all folders in it."""
-    for where, folders, names in os.walk(place):
+def pictures_below(place: Path, left_out: Counter | None = None) -> Iterator[Path]:
+    """The pictures in a folder and in all folders in it; counts the other files in left_out."""
+    left_out = Counter() if left_out is None else left_out
+    for where, folders, names in os.walk(place, onerror=cannot_read):
         folders[:] = sorted(name for name in folders if not is_system(Path(name)))
-        for name in sorted(names):
-            if Path(name).suffix.lower() in ENDINGS and not name.startswith("."):
-                yield Path(where) / name
+        for file in (Path(where) / name for name in sorted(names)):
+            if is_system(file):
+                left_out["hidden or system"] += 1
+            elif file.suffix.lower() in ENDINGS:
+                yield file
+            else:
+                left_out[file.suffix.lower() or "without an ending"] += 1
+
+
+def find_pictures(path: Path) -> list[Path]:
+    """A file, or all pictures in a folder and below it. Says what is left out. Raises UserError."""
+    if not path.is_dir():
+        return [path]
+    left_out = Counter()
+    files = list(pictures_below(path, left_out))
+    say_left_out(path, left_out)
+    if not files:
+        raise UserError(f"{path} holds no pictures (read: {READ})")
+    return files
 
 
 def entries(root: Path) -> list[Path]:
@@ -207,7 +225,11 @@ def entries(root: Path) -> list[Path]:
     try:
         return sorted(root.iterdir(), key=class_name)
     except OSError as error:
-        raise UserError(f"cannot read the folder {root} ({error.strerror})") from error
+        cannot_read(error)
+
+
+def cannot_read(error: OSError) -> NoReturn:
+    raise UserError(f"cannot read the folder {error.filename} ({error.strerror})") from error
 
 
 def class_name(place: Path) -> str:

@@ -11,6 +11,7 @@ beginning of fifty. So one folder holds history.csv, a row per epoch, an epochN.
 N that was asked for, and latest.pt, the newest state to go on from, while it is newer than those.
 """
 
+import glob
 import io
 import math
 import time
@@ -51,6 +52,7 @@ class Run:
         self.missing = sorted(set(args.epochs))
         self.started, self.fill_seconds = args.started, 0.0
         self.checkpoint, self.history, self.parts = None, [], {}
+        self.first = 1  # epoch of this process
         self.newest = self.rows = 0  # epochs in the newest checkpoint; rows of history.csv
         self.written, self.writing = time.monotonic(), 0.0  # when the last one was, how long
 
@@ -77,6 +79,8 @@ class Run:
             saved[file.name] = read_checkpoint(file)
             self.check_same(file, saved[file.name]["settings"])
         if not saved:
+            if self.args.resume:
+                self.say_nearest()
             return
         ends = {name: len(checkpoint["history"]) for name, checkpoint in saved.items()}
         last = max(ends, key=ends.get)  # epochN.pt before latest.pt, if both have come as far
@@ -92,6 +96,21 @@ class Run:
         usable = [name for name, end in ends.items() if self.missing and end < self.missing[0]]
         if usable:
             self.checkpoint = saved[max(usable, key=ends.get)]
+
+    def say_nearest(self) -> None:
+        """With --resume and nothing to go on from, a run that is nearly this one may be meant."""
+        ours, nearest = self.settings, None
+        for folder in self.args.out.glob(f"{glob.escape(ours.dataset)}-{ours.strategy}-*"):
+            files = sorted(folder.glob("*.pt"))
+            if files and f"-s{ours.seed}" in folder.name:
+                theirs = {"ranks": 1} | read_checkpoint(files[-1])["settings"]
+                differing = [name for name, value in asdict(ours).items() if theirs[name] != value]
+                if not nearest or len(differing) < len(nearest[1]):
+                    nearest = folder, differing
+        if nearest:
+            folder, differing = nearest
+            what = f"{folder} differs in {', '.join(differing)}"
+            print(f"begins   there is nothing to go on from; the nearest run, {what}")
 
     def check_same(self, file: Path, before: dict) -> None:
         """Raises UserError if the checkpoint in `file` is of a run with other settings."""
@@ -121,6 +140,7 @@ class Run:
             self.started -= self.checkpoint["seconds"]
             self.checkpoint = None  # its memory is needed
             print(f"resumed  after epoch {len(self.history)}")
+        self.first = len(self.history) + 1
         terminal.print_header()
 
     def epochs(self) -> range:
@@ -153,6 +173,8 @@ class Run:
         if ranks.rank() == 0:
             self.save(epoch, correct.cpu())
         terminal.print_epoch(row, self.missing[-1])
+        if epoch == self.first:
+            terminal.print_time_left(row["seconds"] * (self.missing[-1] - epoch))
         if epoch in self.missing:
             seconds = time.monotonic() - self.started
             print(f"saved    {self.folder}/epoch{epoch}.pt, {seconds:.1f} s in all", flush=True)
@@ -212,10 +234,10 @@ def write_history(folder: Path, history: list[dict]) -> None:
 
 def read_checkpoint(path: str | Path) -> dict:
     """What train.py saved, on the CPU. Raises UserError naming the file."""
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(f"no checkpoint {path}") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from error
     except Exception as error:  # torch.load meets a foreign file with many kinds of errors

@@ -122,6 +122,20 @@ def print_epoch(row: dict, last: int) -> None:
     )
 
 
+def print_time_left(seconds: float) -> None:
+    """After a run's first epoch: how long the others will take, and what is quicker."""
+    if seconds < 60:
+        return
+    duration = f"{seconds / 60:.0f} minutes"
+    if seconds >= 2 * 3600:
+        duration = f"{seconds / 3600:.0f} hours"
+    print(f"         about {duration} to go")
+    if seconds >= 3600:
+        print(
+            "         quicker: a GPU, --train-size 5000, or --image-size 112, a quarter of the work"
+        )
+
+
 def print_row(row: dict, header: bool) -> None:
     """A row of summary.csv, for evaluate.py and compare.py."""
     if header:

@@ -11,12 +11,22 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from statistics import mean
+from statistics import mean, stdev, variance
 
 import torch
 
 CLEAR = 0.05  # how probable a difference may be by chance, and still be called more than chance
 VARIED = ("strategy", "learning_rates", "seed", "initial_network", "train_data")
+
+SINGLE_RUNS = (
+    "these are single runs, and p counts how far they wander from epoch to epoch: "
+    'SEEDS="0 1 2" bash run_all.sh tells whether others agree'
+)
+SHORT_SINGLE_RUNS = (
+    "these are single runs, too short to see how far they wander, and p counts the choice of test "
+    'pictures alone: SEEDS="0 1 2" bash run_all.sh tells whether others agree'
+)
+BY_SEED = ("seed", "initial_network", "train_data")  # what another seed changes in the settings
 
 Runs = Sequence[tuple[dict, dict]]  # rows of summary.csv, each with its checkpoint
 
@@ -43,21 +53,66 @@ def mcnemar(only: int, only_other: int) -> float:
     return min(1.0, 2 * at_most / 2**count)
 
 
+def wander(history: Sequence[dict]) -> tuple[float, int] | None:
+    """How far a run wanders from epoch to epoch: the variance of its test accuracy over the second
+    half of its epochs, the last ten at most, and its degrees of freedom; None for under 6."""
+    if len(history) < 6:
+        return None
+    last = [row["test_accuracy"] for row in history[-min(len(history) // 2, 10) :]]
+    return variance(last), len(last) - 1
+
+
+def over_epochs(
+    difference: float, of_images: float, one: tuple[float, int], other: tuple[float, int]
+) -> tuple[float, float]:
+    """Standard error and probability by chance of a difference between two single runs, from the
+    variance of the choice of images and what `wander` says of each run: Welch's test, by Student's
+    distribution with the degrees of freedom of Welch and Satterthwaite."""
+    total = of_images + one[0] + other[0]
+    if total == 0:
+        return 0.0, 1.0
+    spread = one[0] ** 2 / one[1] + other[0] ** 2 / other[1]
+    freedom = int(min(total**2 / spread, 10_000)) if spread else 10_000
+    return total**0.5, student(difference / total**0.5, freedom)
+
+
+def student(t: float, freedom: int) -> float:
+    """How probable a value at least so far from 0 is in Student's distribution: the finite series
+    of Abramowitz and Stegun 1964, 26.7.3 (odd degrees of freedom) and 26.7.4 (even ones)."""
+    angle, odd = math.atan2(abs(t), freedom**0.5), freedom % 2
+    sine, cosine = math.sin(angle), math.cos(angle)
+    term, total = cosine if odd else 1.0, 0.0
+    for number in range(odd, freedom, 2):
+        total += term
+        term *= cosine**2 * (number + 1) / (number + 2)
+    inside = sine * total
+    if odd:
+        inside = 2 / math.pi * (angle + inside)
+    return 1 - inside
+
+
 def over_seeds(
-    correct: Sequence[torch.Tensor], other: Sequence[torch.Tensor]
+    correct: Sequence[torch.Tensor],
+    other: Sequence[torch.Tensor],
+    wanders: Sequence[tuple[float, int] | None] = (None, None),
 ) -> tuple[float, float, float]:
     """Difference, standard error and probability by chance of two strategies, whose runs got right
     what bool [N] says, a seed each. With several seeds an image counts by how often it is right,
     the error is that of the choice of images and of seeds, and the probability is the normal
-    distribution's."""
+    distribution's. Of single runs the error is that of the choice of images, and of how far the
+    two of them wander from epoch to epoch, where that is known."""
     if len(correct) == 1:
         difference, error, only, only_other = paired(correct[0], other[0])
-        return difference, error, mcnemar(only, only_other)
+        chance = mcnemar(only, only_other)
+        if None not in wanders:
+            error, by_epochs = over_epochs(difference, error**2, *wanders)
+            chance = max(chance, by_epochs)
+        return difference, error, chance
     each = torch.stack([one.double() - two.double() for one, two in zip(correct, other)])
     of_seeds, of_images = each.mean(1), each.mean(0)
     difference = each.mean().item()
-    variance = of_images.var(correction=0) / len(of_images) + of_seeds.var() / len(of_seeds)
-    error = variance.item() ** 0.5
+    total = of_images.var(correction=0) / len(of_images) + of_seeds.var() / len(of_seeds)
+    error = total.item() ** 0.5
     if error == 0:
         return difference, error, 1.0
     return difference, error, math.erfc(abs(difference) / error / 2**0.5)
@@ -72,6 +127,7 @@ class Candidate:
         self.guessing = 1 / len(runs[0][1]["settings"]["classes"])
         self.seeds = [row["seed"] for row, _ in runs]
         self.correct = [saved["test_correct"] for _, saved in runs]
+        self.wander = wander(runs[0][1]["history"])
         self.accuracy = mean(row["test_accuracy"] for row, _ in runs)
         self.seconds = mean(row["seconds"] for row, _ in runs)
         self.devices = {row["device"] for row, _ in runs}
@@ -104,6 +160,24 @@ def comparable(runs: Runs) -> tuple[list[Candidate], list[str]]:
     return candidates, without
 
 
+def spreads(rows: Sequence[dict], checkpoints: Sequence[dict]) -> Iterator[str]:
+    """A line for each run that was repeated with other seeds: the mean of the test accuracies and
+    their standard deviation."""
+    groups = {}
+    for row, saved in zip(rows, checkpoints):
+        alike = [item for item in saved["settings"].items() if item[0] not in BY_SEED]
+        groups.setdefault((repr(alike), row["epochs"]), []).append(row)
+    for (_, epochs), group in groups.items():
+        if len({row["seed"] for row in group}) > 1:
+            accuracies = [row["test_accuracy"] for row in group]
+            seeds = " ".join(str(row["seed"]) for row in group)
+            run = group[0]["run"].replace(f"-s{group[0]['seed']}", "", 1)
+            yield (
+                f"{mean(accuracies):10.2%} ± {100 * stdev(accuracies):.2f} points, "
+                f"seeds {seeds}, {epochs} epochs, {run}"
+            )
+
+
 def verdict(rows: Sequence[dict], checkpoints: Sequence[dict]) -> Iterator[str]:
     """Lines of at most 80 columns; none where no two strategies can be compared."""
     groups = {}
@@ -134,7 +208,8 @@ def sentences(candidates: Sequence[Candidate]) -> Iterator[str]:
         f"{row['batch_size']}, weights {row['weights']}); seed {seeds}"
     )
     for candidate in others:
-        difference, error, chance = over_seeds(candidate.correct, best.correct)
+        wanders = candidate.wander, best.wander
+        difference, error, chance = over_seeds(candidate.correct, best.correct, wanders)
         yield (
             f"{candidate.name} over {best.name}: {100 * difference:+.2f} ± {100 * error:.2f} "
             f"points, {likelihood(chance)}{cost(candidate, best)}"
@@ -147,7 +222,7 @@ def sentences(candidates: Sequence[Candidate]) -> Iterator[str]:
     if no_better:
         yield f"{' and '.join(no_better)}: not clearly better here"
     if len(best.seeds) == 1:
-        yield 'these are single runs: SEEDS="0 1 2" bash run_all.sh tells whether others agree'
+        yield SINGLE_RUNS if best.wander else SHORT_SINGLE_RUNS
     yield "these test pictures were used to choose: of new ones expect a little less"
 
 

@@ -5,6 +5,7 @@ a head of its own or none. What is taken off is said in a line; fc is new in any
 """
 
 import hashlib
+import re
 from http.client import HTTPException
 from pathlib import Path
 
@@ -18,6 +19,14 @@ from plumbing.machine import memory_is_full
 
 WRAPPINGS = ("state_dict", "model", "model_state_dict", "model_state", "net", "weights")
 FIRST, SECOND = "conv1.weight", "layer1.0.conv1.weight"  # by which the prefix is found
+HDF5 = b"\x89HDF\r\n\x1a\n"  # how such a file begins
+FORMATS = {  # by the ending
+    ".onnx": "ONNX: save the network that it was exported from",
+    ".safetensors": "safetensors: torch.save(safetensors.torch.load_file(FILE), OTHER) makes one",
+    ".pb": "TensorFlow's",
+    ".tflite": "TensorFlow's",
+    ".msgpack": "Flax's",
+}
 NAMED = 5  # of many keys, how many are named
 
 State = dict[str, torch.Tensor]
@@ -31,20 +40,36 @@ def load(weights: str, model: str) -> State | None:
     file = Path(weights)
     if weights == "imagenet":
         file = imagenet_file(model)
-    if not file.is_file():
-        takes = "--weights takes imagenet, none or the path of a file"
-        raise UserError(f"no weights file {file}: {takes}")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        takes = "--weights takes imagenet, none or the path of a file"
+        raise UserError(f"no weights file {file}: {takes}") from error
     except OSError as error:
         raise UserError(f"cannot read {file} ({error.strerror})") from error
     except Exception as error:  # torch meets a foreign file with many kinds of errors, some long
         if memory_is_full(error):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        what = f"{file} is damaged, or holds more than weights"
-        raise UserError(f"{what} ({reason[:160]}): save model.state_dict()") from error
+        raise UserError(f"{file} {why_not_read(file, error)}") from error
     return checked(backbone(content, file), file, model)
+
+
+def why_not_read(file: Path, error: Exception) -> str:
+    """What a file holds that torch.load does not take with weights_only=True, and what to do."""
+    with open(file, "rb") as opened:
+        start = opened.read(len(HDF5))
+    kind = FORMATS.get(file.suffix.lower())
+    if start == HDF5:
+        kind = "HDF5, which Keras writes"
+    if "TorchScript" in str(error):
+        kind = "TorchScript: torch.save(torch.jit.load(FILE).state_dict(), OTHER) makes one"
+    if kind:
+        return f"holds no PyTorch state_dict: it is {kind}"
+    if found := re.search(r"GLOBAL (\S+)|[Cc]lass:? (\S+)", str(error)):
+        name = (found[1] or found[2]).strip("`'\"")
+        rest = "and only tensors are read, because reading other objects can run code"
+        return f"holds a {name}, {rest}: save model.state_dict() alone"
+    return "is damaged, or no file of weights: save model.state_dict() with torch.save"
 
 
 def name_of(weights: str) -> str:

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, complaint
 
+import compare
+import evaluate
+import plot
 import train
 from plumbing import flags
 from plumbing.command import Patient, paths
@@ -78,6 +81,76 @@ def test_a_stream_that_nobody_reads_swallows_what_is(flush):
         stream = Patient(inner)
         for _ in range(2000):
             print("a line that nobody reads", file=stream, flush=flush)
+
+
+def test_a_command_whose_terminal_goes_away_goes_on_quietly(tmp_path):
+    """As when a connection ends under a run that ignores SIGHUP: writing is OSError 5."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-c", SCRIPT.format(last="pass"), str(tmp_path / "file"), "cat"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    assert os.read(ours, 6) == b"line 0"
+    os.close(ours)
+    assert process.stderr.read() == b"" and process.wait() == 0
+    assert (tmp_path / "file").read_text() == "written"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_into_a_full_disk_ends_nothing(tmp_path):
+    words = [sys.executable, "-c", SCRIPT.format(last="pass"), str(tmp_path / "file"), "cat"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr == b""
+
+
+def test_a_command_without_any_output_runs():
+    """sys.stdout is None under pythonw, and where it was closed before the start."""
+    stream = Patient(None)
+    print("nothing", file=stream, flush=True)
+    assert not stream.isatty()
+
+
+# ---------------------------------------------------------------- a folder that may not be entered
+
+
+@pytest.fixture
+def closed(tmp_path, monkeypatch):
+    """A folder that another user keeps for himself."""
+
+    def guarded(function):
+        def guard(path=".", *more, **others):
+            if str(path).startswith(str(tmp_path / "closed")):
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *more, **others)
+
+        return guard
+
+    monkeypatch.setattr("builtins.open", guarded(open))
+    monkeypatch.setattr(io, "open", guarded(io.open))
+    for name in ("stat", "listdir", "scandir"):
+        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+    return tmp_path / "closed"
+
+
+@pytest.mark.parametrize(
+    "main, flags",
+    [
+        (train.main, ["--weights", "{}/weights.pth", "--dataset", "synthetic"]),
+        (train.main, ["--weights", "none", "--dataset", "folder", "--data-dir", "{}/pictures"]),
+        (train.main, ["--weights", "none", "--dataset", "cifar10", "--data-dir", "{}/cifar"]),
+        (evaluate.main, ["{}/epoch1.pt"]),
+        (evaluate.main, ["{}/epoch1.pt", "--image", "{}/cat.jpg"]),
+        (compare.main, ["{}/epoch1.pt"]),
+        (plot.main, ["{}"]),
+    ],
+)
+def test_what_may_not_be_read_is_named_in_one_line(closed, tmp_path, capsys, main, flags):
+    flags = [flag.format(closed) for flag in flags]
+    if main is train.main:
+        flags += ["--out", tmp_path / "out", "--device", "cpu"]
+    line = complaint(main, flags, capsys)
+    assert str(closed) in line and "Permission denied" in line
 
 
 # ---------------------------------------------------------------- what cannot be spelled

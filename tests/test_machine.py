@@ -1,6 +1,7 @@
 """Devices, precisions and memory, on machines that this one is not."""
 
 import argparse
+import ctypes
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from torch.torch_version import TorchVersion
 
 from data import UserError
 from plumbing import machine
@@ -30,10 +32,11 @@ def there(monkeypatch, cuda: int, mps: bool, broken: tuple[str, ...] = ()) -> No
 
     def computed(*size, device=None):
         if device in broken:
-            raise torch.AcceleratorError(NO_KERNELS)
+            raise RuntimeError(NO_KERNELS)
         return ones(*size)
 
     monkeypatch.setattr(torch, "ones", computed)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.14.0+cpu"))
 
 
 NO_KERNELS = """CUDA error: no kernel image is available for execution on the device
@@ -127,8 +130,56 @@ def test_the_precision_of_a_cuda_card_goes_by_what_it_multiplies_fast(
 def test_the_precision_of_a_processor_goes_by_its_instructions(
     monkeypatch, capabilities, precision
 ):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert machine.pick_precision("auto", CPU) == precision
+
+
+@pytest.mark.parametrize("flags, precision", [("fpu avx512_bf16", "bf16"), ("fpu avx2", "fp32")])
+def test_before_torch_2_11_linux_tells_what_a_processor_can_do(
+    monkeypatch, elsewhere, flags, precision
+):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    elsewhere("/proc/cpuinfo", f"processor\t: 0\nmodel name\t: A Chip\nflags\t\t: {flags}\n\n")
+    assert machine.pick_precision("auto", CPU) == precision
+    assert machine.device_name(CPU).startswith("A Chip cpu (")
+
+
+def test_without_proc_a_processor_is_taken_for_a_plain_one(monkeypatch, elsewhere):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert machine.pick_precision("auto", CPU) == "fp32"
+
+
+@pytest.mark.parametrize(
+    "version, device", [("2.13.1", "cpu"), ("2.4.0", "cpu"), ("2.15.0", "mps")]
+)
+def test_apple_s_gpus_are_used_from_the_torch_on_that_computes_rightly(
+    monkeypatch, capsys, version, device
+):
+    there(monkeypatch, cuda=0, mps=True)
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    assert machine.pick_device("auto").type == device
+    if device == "cpu":
+        assert "pytorch/pytorch#175189" in capsys.readouterr().out
+        with pytest.raises(UserError, match=f"--device mps: .*{version}.*BatchNorm.*2.14 or newer"):
+            machine.pick_device("mps")
+
+
+def test_fp16_is_not_for_apple_s_gpus():
+    with pytest.raises(UserError, match="--precision fp16 is not for Apple's GPUs"):
+        machine.pick_precision("fp16", torch.device("mps"))
+
+
+@pytest.mark.parametrize("cuda_build, driver", [(False, True), (True, True), (False, False)])
+def test_a_card_that_this_torch_was_not_built_for_is_told(monkeypatch, capsys, cuda_build, driver):
+    """What pip installs on Windows."""
+    there(monkeypatch, cuda=0, mps=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if cuda_build else None)
+    monkeypatch.setattr(shutil, "which", lambda name: name if driver else None)
+    assert machine.pick_device("auto") == CPU
+    told = "built without CUDA: https://pytorch.org/get-started/locally" in capsys.readouterr().out
+    assert told == (driver and not cuda_build)
+    with pytest.raises(UserError, match="built without CUDA" if told else "sees no such device"):
+        machine.pick_device("cuda")
 
 
 def test_a_precision_that_was_asked_for_stays():
@@ -161,6 +212,9 @@ def test_a_figure_s_device_has_a_name_and_its_threads():
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (ValueError("out of memory"), False),
         (OSError("Cannot allocate memory"), False),
     ],
@@ -286,6 +340,18 @@ def test_without_proc_half_of_all_is_guessed(elsewhere, monkeypatch):
     monkeypatch.setattr(os, "sysconf", pages.get)
     assert machine.free_memory("host", CPU, HERE) == 2_048_000
     assert machine.free_memory("device", torch.device("mps"), HERE) == 2_048_000
+
+
+def test_windows_tells_what_is_free(elsewhere, monkeypatch):
+    def fill(status) -> int:
+        assert status[0] == 64 == ctypes.sizeof(status)
+        status[1], status[2] = 9_000_000, 5_000_000  # all there is, and what is free
+        return 1
+
+    kernel32 = SimpleNamespace(GlobalMemoryStatusEx=fill)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
+    monkeypatch.delattr(os, "sysconf")
+    assert machine.free_memory("host", CPU, HERE) == 5_000_000
 
 
 def test_without_sysconf_nothing_is_guessed(elsewhere, monkeypatch):

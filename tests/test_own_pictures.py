@@ -223,17 +223,47 @@ def test_no_picture_of_several_can_be_read(finished, tmp_path, capsys):
 def test_photographs_are_made_small_as_they_are_read(finished, tmp_path, monkeypatch):
     """300 of a telephone's would not fit into memory."""
     kept = []
-    stack = np.stack
+    joined = torch.cat
 
-    def stacked(arrays):
-        kept.extend(array.shape for array in arrays)
-        return stack(arrays)
+    def watched(tensors, *more):
+        kept.extend(tuple(tensor.shape) for tensor in tensors if tensor.dtype == torch.uint8)
+        return joined(tensors, *more)
 
-    monkeypatch.setattr(np, "stack", stacked)
+    monkeypatch.setattr(torch, "cat", watched)
     for name in ("a", "b"):
         Image.new("RGB", (900, 700), "gray").save(tmp_path / f"{name}.png")
     evaluate.main([str(finished), "--image", str(tmp_path / "*.png")])
-    assert kept == [(32, 32, 3)] * 2
+    assert kept == [(1, 32, 32, 3)] * 2
+
+
+def test_all_pictures_of_a_folder_are_named_on_the_screen_and_in_a_csv(finished, tmp_path, capsys):
+    folder, file = tmp_path / "unlabelled", tmp_path / "predictions.csv"
+    for number in range(130):  # more than a batch
+        picture(folder / f"{number:03}.png", number)
+    picture(folder / "more/deeper.png", 131)
+    picture(folder / ".hidden.png", 132)
+    (folder / "notes.txt").write_text("cats, mostly")
+    evaluate.main([str(finished), "--image", str(folder), "--csv", str(file)])
+    left_out, _, *lines = capsys.readouterr().out.splitlines()
+    assert left_out == f"left out of {folder}: 1 hidden or system, 1 .txt"
+    table = rows(file)
+    assert len(lines) == len(table) == 131
+    assert list(table[0]) == ["file", "class", "probability", "cat", "dog"]
+    assert table[-1]["file"] == str(folder / "more/deeper.png")
+    for line, row in zip(lines, table):
+        assert line.startswith(f"{row['file']}: {row['class']} {float(row['probability']):.1%}")
+        assert float(row["cat"]) + float(row["dog"]) == pytest.approx(1, abs=1e-5)
+        assert float(row[row["class"]]) == float(row["probability"])
+
+
+def test_a_broken_picture_in_a_folder_is_told_and_has_no_row(finished, tmp_path, capsys):
+    picture(tmp_path / "new/a.png", 3)
+    (tmp_path / "new/b.png").write_bytes(b"broken")
+    words = [finished, "--image", tmp_path / "new", "--csv", tmp_path / "predictions.csv"]
+    assert "b.png" in complaint(evaluate.main, words, capsys)
+    assert [row["file"] for row in rows(tmp_path / "predictions.csv")] == [
+        str(tmp_path / "new/a.png")
+    ]
 
 
 def test_a_full_memory_is_not_a_bad_picture(finished, tmp_path, monkeypatch):
@@ -306,7 +336,6 @@ def drawable(finished, tmp_path):
     return tmp_path / "results"
 
 
-@pytest.mark.skipif(plot.pyplot is None, reason="needs matplotlib")
 def test_a_summary_that_excel_has_saved_is_read(drawable, capsys):
     plain = plot.read(drawable)
     summary = drawable / "summary.csv"
@@ -318,7 +347,6 @@ def test_a_summary_that_excel_has_saved_is_read(drawable, capsys):
     assert (drawable / "curves.png").exists()
 
 
-@pytest.mark.skipif(plot.pyplot is None, reason="needs matplotlib")
 @pytest.mark.parametrize("count, side", [(20, 20), (200, 20), (3, 3)])
 def test_of_many_classes_the_most_confused_are_drawn(tmp_path, count, side):
     names = [f"class {number}" for number in range(count)]

@@ -1,6 +1,7 @@
 """The pictures: what is drawn is what stands in the CSV files."""
 
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, complaint
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 import plot
 
-drawing = pytest.mark.skipif(plot.pyplot is None, reason="needs matplotlib")
 RATES = {"fc": "fc=0.001", "fc+layer4": "fc=0.001 layer4=0.0001"}
 RATES["fc+layer3+layer4"] = "fc=0.001 layer3=1e-05 layer4=0.0001"
 
@@ -84,7 +86,6 @@ def labelled(axis) -> dict:
 VARIANTS = ["fc+layer4 (layer4=0.01)", "fc+layer4, usual mistake"]
 
 
-@drawing
 def test_the_learning_curves_are_the_seeds_mean_and_spread(study):
     figure = plot.curves(largest(study.folder), "a title")
     axis = figure.axes[3]
@@ -103,7 +104,6 @@ def test_the_learning_curves_are_the_seeds_mean_and_spread(study):
     assert len(styles) == 5  # told apart without colours
 
 
-@drawing
 def test_the_table_has_every_seed_and_the_test_set_s_error(study):
     axis = plot.table(largest(study.folder), "a title").axes[0]
     names = [label.get_text() for label in axis.get_yticklabels()]
@@ -115,7 +115,6 @@ def test_the_table_has_every_seed_and_the_test_set_s_error(study):
     assert (high - low) / 2 == pytest.approx((means[3] * (1 - means[3]) / 400) ** 0.5)
 
 
-@drawing
 def test_a_sweep_takes_runs_of_one_length_and_all_else_equal(study):
     study.add("fc+layer4", 2, size=50, image_size=64)
     axis = plot.sweep(plot.read(study.folder), "train_images", "training images").axes[0]
@@ -127,7 +126,6 @@ def test_a_sweep_takes_runs_of_one_length_and_all_else_equal(study):
     assert plot.sweep(largest(study.folder), "train_images", "training images") is None
 
 
-@drawing
 def test_the_drift_has_a_line_for_each_stage_and_rate(study):
     lines = labelled(plot.drift(plot.read(study.folder)).axes[0])
     assert list(lines) == [
@@ -140,7 +138,6 @@ def test_the_drift_has_a_line_for_each_stage_and_rate(study):
     assert [len(line.get_xdata()) for line in lines.values()] == [4, 4, 4, 2, 2]
 
 
-@drawing
 @pytest.mark.parametrize(
     "setting, value",
     [("dataset", "pictures"), ("weights", "mine"), ("precision", "fp32"), ("model", "resnet50")],
@@ -155,7 +152,6 @@ def test_runs_of_two_kinds_are_never_one_line(tmp_path, capsys, setting, value):
     assert {f"{first}-curves.png", f"{value}-curves.png"} <= drawn
 
 
-@drawing
 @pytest.mark.parametrize("setting, value", [("image_size", 64), ("batch_size", 32)])
 def test_runs_of_two_sizes_are_never_one_line(tmp_path, capsys, setting, value):
     study = Study(tmp_path)
@@ -167,7 +163,6 @@ def test_runs_of_two_sizes_are_never_one_line(tmp_path, capsys, setting, value):
     assert [len(group) for group in groups.values()] == [1, 1]
 
 
-@drawing
 def test_every_picture_that_there_is_something_for(study, capsys):
     folder = study.folder
     mistake = {"file": "01.png", "true": "cat", "said": "dog", "probability": 0.99}
@@ -224,7 +219,6 @@ def a_folder_in_the_way(folder: Path) -> None:
     (folder / "curves.png").mkdir()
 
 
-@drawing
 @pytest.mark.parametrize(
     "damage, expected",
     [
@@ -245,7 +239,6 @@ def test_what_cannot_be_drawn_is_named_in_one_line(study, capsys, damage, expect
     assert re.search(expected, line), line
 
 
-@drawing
 @pytest.mark.parametrize("folder", sorted((ROOT / "study/results").glob("*/summary.csv")))
 def test_the_study_s_figures_are_those_of_its_histories(folder):
     """And every run of the summary can be drawn."""
@@ -255,11 +248,52 @@ def test_the_study_s_figures_are_those_of_its_histories(folder):
     plot.curves(runs[:1], "a title")
 
 
-def test_without_matplotlib_it_says_what_to_install():
-    script = str(ROOT / "plot.py")
-    hidden = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['matplotlib'] = None; "
-    hidden += f"import runpy; runpy.run_path({script!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "error: drawing needs matplotlib: pip install matplotlib" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_it_draws_to_files_whatever_a_notebook_has_left_in_the_environment(study):
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    words = [sys.executable, str(ROOT / "plot.py"), str(study.folder)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert (study.folder / "curves.png").exists()
+
+
+def font(file: Path, letter: str) -> None:
+    """A font with one letter, a square."""
+    builder = FontBuilder(1000, isTTF=True)
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for point in ((500, 0), (500, 500), (0, 500)):
+        pen.lineTo(point)
+    pen.closePath()
+    builder.setupGlyphOrder([".notdef", "letter"])
+    builder.setupCharacterMap({ord(letter): "letter"})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "letter": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (500, 0), "letter": (600, 0)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "One Letter", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(file)
+
+
+def test_letters_of_all_languages_are_drawn_with_a_font_that_has_them(
+    tmp_path, capsys, monkeypatch, recwarn
+):
+    cat, dog = "\u732b", "\u72ac"
+    font(tmp_path / "one.ttf", cat)
+    fonts = [str(tmp_path / "one.ttf"), str(tmp_path / "none.ttf")]
+    monkeypatch.setattr(plot.font_manager, "findSystemFonts", lambda: fonts)
+    (tmp_path / "none.ttf").write_bytes(b"no font")
+    with plot.matplotlib.rc_context():
+        plot.find_fonts(["caf\u00e9", cat])
+        assert capsys.readouterr().out == ""
+        assert plot.matplotlib.rcParams["font.family"] == ["DejaVu Sans", "One Letter"]
+        figure = plot.pyplot.figure()
+        figure.text(0.5, 0.5, cat)
+        figure.savefig(tmp_path / "a.png")
+        plot.find_fonts([cat, dog])
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"no font here has {dog}: ")
+        figure.text(0.5, 0.7, dog)
+        figure.savefig(tmp_path / "b.png")
+    plot.pyplot.close("all")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

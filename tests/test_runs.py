@@ -260,6 +260,23 @@ def test_only_what_is_missing_is_run(run, capsys, lacking, trained):
         same_state(checkpoint(folder, epochs), expected[epochs])
 
 
+def test_where_nothing_is_there_to_go_on_from_the_nearest_run_is_named(run, capsys):
+    """A rate that was mistyped begins from nothing, beside hours of work."""
+    few = "--train-size", "20", "--epochs", "1", "--image-size", "32"
+    folder = run("--unfreeze", "layer4", *few)
+    other = run("--unfreeze", "layer4", *few, "--batch-size", "10", "--out", str(folder.parent))
+    again = "--out", str(folder.parent), "--resume", *few
+    capsys.readouterr()
+    run("--unfreeze", "layer4", "--lr", "fc=1e-4", *again)
+    said = f"the nearest run, {folder} differs in learning_rates\n"
+    assert said in capsys.readouterr().out
+    run("--unfreeze", "layer4", "--batch-size", "10", "--seed", "1", *again)
+    run("--unfreeze", "layer3", *again)
+    run("--unfreeze", "layer4", "--batch-size", "10", *again)
+    out = capsys.readouterr().out
+    assert "nearest" not in out and f"{other}: finished" in out
+
+
 @pytest.mark.parametrize("more", [["1", "2"], pytest.param(["2"], marks=pytest.mark.slow)])
 def test_a_short_run_goes_on_to_a_longer_one(run, capsys, more):
     flags = ["--image-size", "32", "--unfreeze", "layer4", "--epochs"]

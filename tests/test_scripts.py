@@ -30,6 +30,7 @@ note() {
 case "$1" in
     -c) exit ANSWER ;;
     -m) note "$@"
+        [ "$2" != "$FAIL_MODULE" ] || exit 1
         if [ "$2" = venv ]; then
             made="$4/${VENV_BIN:-bin}/python"
             mkdir -p "$(dirname "$made")"
@@ -88,15 +89,14 @@ def test_run_all_makes_the_four_runs_in_two_and_compares_them(scripts):
     done, log = scripts("run_all.sh", "--data-dir", "/my data", "--batch-size", "256")
     flags = "--epochs 10 50 --seed 0 --out results --resume --data-dir '/my data' --batch-size 256"
     assert done.returncode == 0, done.stderr
-    asked = "--epochs 50 --out results --data-dir '/my data' --batch-size 256"
     assert log == [
-        f"-m study.estimate --strategies fc+layer4 fc+layer3+layer4 --times 1 {asked}",
         f"train.py --unfreeze layer4 {flags}",
         f"train.py --unfreeze layer3 layer4 {flags}",
         "compare.py results/*/epoch*.pt --csv results/summary.csv",
+        "plot.py results",
     ]
     last = done.stdout.splitlines()[-1]
-    assert last == "table: results/summary.csv, learning curves: results/*/history.csv"
+    assert last.startswith("table: results/summary.csv, learning curves: results/*/history.csv and")
 
 
 def test_run_all_compares_what_is_in_its_folder(scripts, tmp_path):
@@ -104,29 +104,27 @@ def test_run_all_compares_what_is_in_its_folder(scripts, tmp_path):
         file = tmp_path / "my results" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    (tmp_path / "my results/summary.csv").touch()
     _, log = scripts("run_all.sh", "--out=my results")
     files = ["one/epoch10.pt", "one/epoch50.pt", "two/epoch10.pt"]
     asked = " ".join(f"'my results/{file}'" for file in files)
-    assert log[-1] == f"compare.py {asked} --csv 'my results/summary.csv'"
-    assert len(log) == 2 + 1  # nothing is estimated: there are runs already
-    assert all("--out 'my results' --resume" in line for line in log[:-1])
+    assert log[-2] == f"compare.py {asked} --csv 'my results/summary.csv'"
+    assert log[-1] == "plot.py 'my results'"
+    assert all("--out 'my results' --resume" in line for line in log[:-2])
 
 
 def test_run_all_with_seeds_and_the_baseline(scripts):
     _, log = scripts("run_all.sh", "--out", "here", SEEDS="3 4", WITH_FC="1")
-    estimate, *runs, last = log
-    assert "--strategies fc fc+layer4 fc+layer3+layer4 --times 2" in estimate
+    *runs, compared, _ = log
     assert len(runs) == 2 * 3
     assert all("--out here" in line for line in runs)
     assert runs[0] == "train.py --unfreeze --epochs 10 50 --seed 3 --out here --resume"
     assert {line.split("--seed ")[1][0] for line in runs} == {"3", "4"}
-    assert "--csv here/summary.csv" in last
+    assert "--csv here/summary.csv" in compared
 
 
 def test_run_all_without_the_baseline(scripts):
     _, log = scripts("run_all.sh", WITH_FC="0")
-    assert len(log) == 1 + 2 + 1
+    assert len(log) == 2 + 1 + 1
 
 
 def test_the_demo_pretrains_on_other_pictures_and_goes_on_from_that(scripts, tmp_path):
@@ -152,7 +150,7 @@ def test_the_demo_pretrains_on_other_pictures_and_goes_on_from_that(scripts, tmp
 def test_run_all_stops_at_a_run_that_fails(scripts):
     done, log = scripts("run_all.sh", FAIL="--unfreeze layer3")
     assert done.returncode == 3
-    assert len(log) == 3
+    assert len(log) == 2
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -196,7 +194,7 @@ def test_runs_on_several_gpus_are_each_made_once_and_the_others_finish(scripts, 
     assert "a-run" in (tmp_path / "results/run3.log").read_text()
     assert not any("compare.py" in line for line in log)
     done, log = scripts("run_all.sh", GPUS="0 5")
-    assert done.returncode == 0 and "compare.py" in log[-1]
+    assert done.returncode == 0 and "compare.py" in log[-2]
 
 
 def test_who_stops_run_all_stops_the_runs_on_all_gpus(scripts, tmp_path):
@@ -241,6 +239,42 @@ def test_what_is_missing_is_installed_once(scripts, tmp_path, script, folder):
     assert sum("venv" in line for line in log) == 1
 
 
+@pytest.mark.parametrize("fails, told", [("venv", "python3-venv"), ("pip", "a network and 6 GB")])
+def test_a_set_up_that_fails_says_what_to_do_and_leaves_nothing(scripts, tmp_path, fails, told):
+    for name in ("python", "python3"):
+        fake_python(tmp_path / "bin" / name, has_all=False)
+    done, _ = scripts("run_all.sh", FAIL_MODULE=fails)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and not (tmp_path / ".venv").exists()
+    errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    assert len(errors) == 1 and told in " ".join(lines[errors[0] :])
+
+
+@pytest.mark.parametrize("script", ["../elsewhere/run_all.sh", "../nowhere/run_all.sh"])
+def test_slurm_runs_a_copy_of_the_script(scripts, tmp_path, script):
+    """Out of its spool folder; the folder that it was submitted from is in a variable."""
+    copy = tmp_path / script
+    copy.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "run_all.sh", copy)
+    done, log = scripts(str(copy), SLURM_SUBMIT_DIR=str(tmp_path))
+    assert done.returncode == 0 and "train.py --unfreeze layer4" in log[0]
+    done, _ = scripts(str(copy))
+    assert done.returncode == 2 and "--wrap" in done.stderr and "--list" in done.stderr
+
+
+def test_a_folder_with_a_data_py_of_its_own_is_no_hindrance(scripts, tmp_path):
+    """A Python that runs a script puts the script's folder first, and not the current one."""
+    other = tmp_path / "another project"
+    other.mkdir()
+    (other / "data.py").write_text("raise SystemExit(7)")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "compare.py"), "--help"], cwd=other, capture_output=True
+    )
+    assert done.returncode == 0
+    text = (ROOT / "run_all.sh").read_text()
+    assert '"$python" -m' not in text and "PYTHONPATH" not in text
+
+
 CHOSEN = ". ./setup.sh; echo chosen: $python"
 
 
@@ -258,57 +292,87 @@ def test_a_python_that_has_all_is_taken_wherever_it_is(scripts, tmp_path, candid
     assert not log
 
 
+class RealPython:
+    """`python` is this very interpreter, with an importable `torch` in front that takes notes, and
+    packages as they are given; there is no other. bash setup.sh gives `chosen`, or it installs."""
+
+    def __init__(self, scripts, folder: Path):
+        self.scripts, self.folder, self.imported = scripts, folder, folder / "imported"
+        (folder / "front").mkdir()
+        (folder / "front/torch.py").write_text(f"open({str(self.imported)!r}, 'w')")
+        self.install_at(folder / "bin/python")
+
+    def install_at(self, file: Path) -> None:
+        write_program(file, f"#!/bin/sh\n{NOTES_PIP}exec '{sys.executable}' -S \"$@\"\n")
+
+    def has(self, name: str, version: str) -> None:
+        """As pip would leave it."""
+        metadata = self.folder / f"front/{name}-{version}.dist-info/METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+    def choose(self, *packages: str):
+        words = f". ./setup.sh {' '.join(packages)}; echo chosen: $python"
+        done, log = self.scripts("-c", words, PYTHONPATH=str(self.folder / "front"))
+        assert not self.imported.exists()
+        return done, log
+
+
+NOTES_PIP = 'case "$*" in "-m pip"*|"-m venv"*) echo "$@" >> "$LOG"; exit 1 ;; esac\n'
+
+
 @pytest.fixture
 def real_python(scripts, tmp_path):
-    """`python` is this very interpreter, with an importable `torch` in front that takes notes;
-    what is not fit is refused in favour of a made-up .venv."""
-    (tmp_path / "front").mkdir()
-    imported = tmp_path / "imported"
-    (tmp_path / "front/torch.py").write_text(f"open({str(imported)!r}, 'w')")
-    write_program(tmp_path / "bin/python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     fake_python(tmp_path / "bin/python3", has_all=False)
-    fake_python(tmp_path / ".venv/bin/python", has_all=True)
-
-    def chosen(*packages: str) -> str:
-        words = f". ./setup.sh {' '.join(packages)}; echo chosen: $python"
-        done, log = scripts("-c", words, PYTHONPATH=str(tmp_path / "front"))
-        assert not log
-        assert not imported.exists()
-        (line,) = done.stdout.splitlines()
-        return line.removeprefix("chosen: ").replace(f"{tmp_path}/", "")
-
-    return chosen
-
-
-def distribution(folder: Path, name: str, version: str) -> None:
-    """What pip would leave of a package that is installed in `folder`."""
-    metadata = folder / f"{name}-{version}.dist-info/METADATA"
-    metadata.parent.mkdir(parents=True)
-    metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-
-
-def test_what_is_installed_is_found_without_importing_torch(real_python):
-    assert real_python("numpy", "pytest") == "python"
-
-
-def test_a_package_that_is_missing_is_noticed(real_python):
-    assert real_python("no-such-package-anywhere") == ".venv/bin/python"
+    return RealPython(scripts, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "name, version, fit",
+    "torch, torchvision, fit",
     [
-        ("torch", "2.10.1", False),
-        ("torch", "1.13.1+cu117", False),
-        ("torch", "2.11.0+cpu", True),
-        ("torch", "3.0.0.dev20270101", True),
-        ("torchvision", "0.25.0", False),
-        ("torchvision", "0.26.0+cpu", True),
+        ("2.3.1", "0.19.0", False),
+        ("1.13.1+cu117", "0.19.0", False),
+        ("2.11.0+cpu", "0.18.1", False),
+        ("2.4.0", "0.19.0", True),
+        ("2.11.0+cpu", "0.26.0+cpu", True),
+        ("3.0.0.dev20270101", "1.0", True),
     ],
 )
-def test_versions_that_are_too_old_are_not_taken(real_python, tmp_path, name, version, fit):
-    distribution(tmp_path / "front", name, version)
-    expected = ".venv/bin/python"
+def test_a_torch_that_is_too_old_is_not_taken_and_is_named(real_python, torch, torchvision, fit):
+    real_python.has("torch", torch)
+    real_python.has("torchvision", torchvision)
+    done, log = real_python.choose()
     if fit:
-        expected = "python"
-    assert real_python() == expected
+        assert done.stdout == "chosen: python\n" and not log
+        return
+    found = f", torch {torch}, torchvision {torchvision}"
+    assert "torch 2.4 and torchvision 0.19, or newer" in done.stderr and found in done.stderr
+    assert log  # it would install its own
+
+
+def test_a_small_package_that_is_missing_is_named_and_nothing_big_is_installed(real_python):
+    real_python.has("torch", "2.6.0")
+    real_python.has("torchvision", "0.21.0")
+    done, log = real_python.choose("pytest", "matplotlib")
+    assert done.returncode == 1 and not log
+    assert "python has torch and lacks pytest matplotlib." in done.stderr
+    assert done.stderr.splitlines()[-1].strip() == "python -m pip install pytest matplotlib"
+
+
+def test_our_own_environment_is_completed(real_python, tmp_path):
+    real_python.has("torch", "2.6.0")
+    real_python.has("torchvision", "0.21.0")
+    (tmp_path / "bin/python").unlink()
+    real_python.install_at(tmp_path / ".venv/bin/python")
+    _, log = real_python.choose("pytest")
+    assert log == ["-m pip install --quiet pytest"]
+
+
+def test_a_python_that_is_too_old_is_named(scripts, tmp_path):
+    for name in ("python", "python3"):
+        write_program(tmp_path / "bin" / name, "#!/bin/sh\necho Python 3.8.1\nexit 2\n")
+    for tool in ("bash", "dirname"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    done, log = scripts("-c", CHOSEN, PATH=str(tmp_path / "bin"))
+    assert done.returncode == 1 and not log
+    assert "needs Python 3.10 or newer" in done.stderr and "Python 3.8.1" in done.stderr

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 import freeze
-from study import benchmark, estimate, textbook
+from study import benchmark, textbook
 
 LITTLE = ("--dataset", "synthetic", "--weights", "none", "--image-size", "32", "--train-size", "40")
 LITTLE += ("--batch-size", "16", "--precision", "fp32", "--device", "cpu")
@@ -157,52 +157,6 @@ def test_figures_are_medians_and_measure_all_there_was():
     assert figures["seconds_per_epoch"] == 3.0 and figures["eval_seconds"] == 1.5
     assert figures["measured_seconds"] == pytest.approx(7 + 14 + 4)
     assert figures["train_loss"] == 3.0 and figures["test_accuracy"] == 0.25
-
-
-ESTIMATE = ["--dataset", "synthetic", "--weights", "none", "--image-size", "32"]
-ESTIMATE += ["--train-size", "200", "--epochs", "2", "50", "--strategies", "fc+layer4"]
-
-
-@pytest.fixture
-def a_second_each(monkeypatch):
-    """What is timed takes a second: 16 pictures of the prefix, a step, a batch tested."""
-    monkeypatch.setattr(estimate, "seconds", lambda function, _: function() is None or 1.0)
-
-
-@pytest.mark.parametrize(
-    "flags, fill, epoch",
-    [
-        ([], (2 * 200 + 60) / 16, 200 / 10 + 60 / 10),
-        (["--cache", "off"], 0, 200 / 10 + 60 / 10 + (200 + 60) / 16),
-    ],
-)
-def test_an_estimate_is_of_everything_that_a_run_computes(a_second_each, flags, fill, epoch):
-    args = estimate.parse([*ESTIMATE, "--batch-size", "10", *flags])
-    args.precision = "fp32"
-    both = estimate.datasets.load_both(args)
-    assert estimate.cost("fc+layer4", both, args) == pytest.approx((fill, epoch))
-
-
-def test_estimates_are_added_up_and_said(a_second_each, monkeypatch, capsys):
-    monkeypatch.setattr(estimate, "cost", lambda *_: (10, 300))
-    estimate.main([*ESTIMATE, "--times", "3"])
-    first, last, *quicker = capsys.readouterr().out.splitlines()
-    assert first == "estimate fc+layer4           13 h, an epoch 5 min"  # 3 x 15,010 s
-    assert last.startswith("         in all 13 h on this CPU") and "--demo" in quicker[-1]
-
-
-def test_fewer_images_than_a_batch_and_the_usual_mistake_are_estimated(a_second_each):
-    words = [*ESTIMATE, "--train-size", "50", "--frozen-batchnorm", "train"]
-    args = estimate.parse(words)
-    args.precision = "fp32"
-    fill, epoch = estimate.cost("fc+layer4", estimate.datasets.load_both(args), args)
-    assert fill == 0 and epoch == pytest.approx(50 / 128 + 60 / 128 + (50 + 60) / 16)
-
-
-def test_nothing_is_estimated_on_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(estimate.machine, "pick_device", lambda _: torch.device("cuda"))
-    estimate.main(["--dataset", "synthetic"])
-    assert capsys.readouterr().out == ""
 
 
 def test_flops_are_counted_as_by_hand():

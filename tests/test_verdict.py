@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from plumbing import verdict as words
-from plumbing.verdict import comparable, mcnemar, over_seeds, paired, verdict
+from plumbing.verdict import comparable, mcnemar, over_seeds, paired, spreads, student, verdict
 
 PARAMETERS = {"fc": 5, "fc+layer4": 400, "fc+layer3+layer4": 900}
 IMAGES = 1000
@@ -33,7 +34,9 @@ def run(strategy: str, correct: torch.Tensor, seed=0, epochs=10, rates="", **oth
         "initial_network": str(seed),
         "train_data": str(seed),
     }
-    return row | other, {"settings": settings | other, "test_correct": correct}
+    history = [{"test_accuracy": row["test_accuracy"]}] * epochs  # it does not wander
+    saved = {"settings": settings | other, "test_correct": correct, "history": history}
+    return row | other, saved
 
 
 def said(*runs: tuple[dict, dict]) -> str:
@@ -51,7 +54,8 @@ def test_a_clear_difference():
         "verdict 10 epochs on 2,000 pictures of cats, tested on 1,000 others (224 pixels, batches "
         "of 128, weights imagenet); seed 0 "
         "fc+layer4 over fc: +10.00 ± 0.95 points, more than chance (p < 0.001); 40 s instead of 0 "
-        "so: fc+layer4, 90.00% right; by guessing 33.33% these are single runs: "
+        "so: fc+layer4, 90.00% right; by guessing 33.33% these are single runs, "
+        "and p counts how far they wander from epoch to epoch: "
         'SEEDS="0 1 2" bash run_all.sh tells whether others agree '
         "these test pictures were used to choose: of new ones expect a little less"
     )
@@ -62,6 +66,58 @@ def test_a_difference_within_its_error_names_the_cheaper_one():
     assert "fc+layer3+layer4 over fc+layer4: +0.50 ± 0.30 points, which may be chance" in text
     assert "so: fc+layer4, 90.00% right" in text
     assert "fc+layer3+layer4: not clearly better here" in text
+
+
+@pytest.mark.parametrize(
+    "t, freedom, chance",
+    [
+        *((12.706, 1, 0.05), (4.303, 2, 0.05), (3.182, 3, 0.05), (2.776, 4, 0.05)),
+        *((2.228, 10, 0.05), (63.657, 1, 0.01), (4.604, 4, 0.01), (1.96, 10_000, 0.05)),
+        *((0, 7, 1.0), (-2.571, 5, 0.05)),
+    ],
+)
+def test_student_s_distribution_is_that_of_the_tables(t, freedom, chance):
+    assert student(t, freedom) == pytest.approx(chance, abs=5e-5)
+
+
+@pytest.mark.parametrize("wander, discordant", [(0.003, 0.05), (0.003, 0.08), (0.0021, 0.05)])
+@pytest.mark.parametrize("epochs", [10, 50])
+def test_two_equally_good_strategies_are_seldom_called_different(wander, discordant, epochs):
+    """Runs of 11,000 test pictures whose accuracy wanders by 0.3 points, from seed to seed as from
+    epoch to epoch. By the choice of pictures alone a quarter of them would differ."""
+    random, trials, wrong, wrong_alone = np.random.default_rng(0), 500, 0, 0
+    for _ in range(trials):
+        means = random.normal(0.92, wander, 2)
+        halves = discordant / 2 + (means[0] - means[1]) / 2 * np.array([1, -1])
+        only, only_other = random.binomial(11_000, halves.clip(0))
+        correct = torch.zeros(2, 11_000, dtype=torch.bool)
+        correct[0, :only] = correct[1, only : only + only_other] = True
+        both = []
+        for mean in means:
+            accuracies = random.normal(mean, wander, epochs)
+            both.append(words.wander([{"test_accuracy": value} for value in accuracies]))
+        wrong += over_seeds([correct[0]], [correct[1]], both)[2] < words.CLEAR
+        wrong_alone += over_seeds([correct[0]], [correct[1]])[2] < words.CLEAR
+    assert wrong <= 0.07 * trials < 0.2 * trials < wrong_alone
+
+
+def test_runs_too_short_to_wander_are_called_that():
+    text = said(run("fc", right(800), epochs=5), run("fc+layer4", right(900), epochs=5))
+    assert "too short to see how far they wander, and p counts the choice of test pictures" in text
+
+
+def test_seeds_have_a_mean_and_a_spread():
+    runs = []
+    for seed, count in enumerate((890, 900, 910)):
+        one = run("fc+layer4", right(count), seed=seed)
+        one[0]["run"] = f"cats-fc+layer4-bf16-s{seed}-n5"
+        runs.append(one)
+    alone = run("fc", right(800))
+    alone[0]["run"] = "cats-fc-bf16-s0-n5"
+    rows, checkpoints = zip(*runs, alone)
+    (line,) = spreads(rows, checkpoints)
+    expected = "90.00% ± 1.00 points, seeds 0 1 2, 10 epochs, cats-fc+layer4-bf16-n5"
+    assert line.strip() == expected
 
 
 def test_each_is_compared_with_the_best_before_it():

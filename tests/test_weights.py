@@ -1,5 +1,6 @@
 """Weights files. The only server asked is one on this machine."""
 
+import argparse
 import functools
 import hashlib
 import os
@@ -9,6 +10,7 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torchvision.models import get_model, resnet18
@@ -211,10 +213,39 @@ def test_a_dictionary_with_keys_that_are_no_names():
     assert "is no resnet18: it lacks conv1.weight" in refused({0: torch.zeros(3)})
 
 
-def test_a_whole_network_that_was_pickled_is_refused_with_what_to_do(tmp_path):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
-    with pytest.raises(UserError, match=r"model.pth is damaged, or holds.*save model.state_dict"):
-        weights.load(str(tmp_path / "model.pth"), "resnet18")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("model.pth", torch.nn.Linear(2, 2), "holds a torch.nn.modules.linear.Linear, and only"),
+        ("a.pt", {"state_dict": {}, "args": argparse.Namespace(lr=1)}, "a argparse.Namespace, "),
+        ("b.pt", {"state_dict": {}, "best": np.float64(0.5)}, "holds a numpy.*scalar, and only"),
+        ("c.pt", {"path": Path("a")}, "holds a pathlib.*Path, and only"),
+        ("net.onnx", b"\x08\x07\x12\x07pytorch", "holds no PyTorch state_dict: it is ONNX"),
+        ("net.h5", b"\x89HDF\r\n\x1a\n rest", "it is HDF5, which Keras writes"),
+        ("net.weights", b"\x89HDF\r\n\x1a\n rest", "it is HDF5, which Keras writes"),
+        ("net.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "it is safetensors: .*load_file"),
+        ("script.pt", torch.jit.script(torch.nn.Linear(2, 2)), "it is TorchScript: .*jit.load"),
+        (
+            "text.pt",
+            b"not a file of torch's",
+            "is damaged, or no file of weights: save model",
+        ),
+        ("empty.pt", b"", "is damaged, or no file of weights"),
+    ],
+)
+def test_what_holds_more_than_weights_is_named_with_what_to_do(tmp_path, name, content, said):
+    file = tmp_path / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif isinstance(content, torch.jit.ScriptModule):
+        torch.jit.save(content, file)
+    else:
+        torch.save(content, file)
+    with pytest.raises(UserError, match=said) as failure:
+        weights.load(str(file), "resnet18")
+    assert str(failure.value).startswith(f"{file} ") and len(str(failure.value)) < 350
+    assert "\n" not in str(failure.value) and "\x1b" not in str(failure.value)
 
 
 class Malicious:
