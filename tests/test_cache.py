@@ -340,11 +340,15 @@ def test_a_full_memory_while_a_file_is_filled_goes_elsewhere_and_is_said(
     assert len(inputs.store) == 40
 
 
-def test_larger_pictures_leave_more_room_for_training(monkeypatch):
+def test_larger_pictures_and_batches_leave_more_room_for_training(monkeypatch):
     free(monkeypatch, host=10 * GB + ROOM)
     large = Need(10_000, MB)
     large.image_size = 448
     (kept,), (rest,) = choose("auto", [large], CPU, HERE)[0].values()
+    assert rest == -(-3 * ROOM // MB) and kept + rest == 10_000
+    small = Need(10_000, MB)
+    small.image_size = 224
+    (kept,), (rest,) = choose("auto", [small], CPU, HERE, batch_size=512)[0].values()
     assert rest == -(-3 * ROOM // MB) and kept + rest == 10_000
 
 

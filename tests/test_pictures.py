@@ -1,15 +1,17 @@
 """Folders of pictures as people have them: which files are pictures, and how one is opened."""
 
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from torchvision import transforms
 
-from data import UserError, open_lazily, open_picture, read_picture
+from data import Images, UserError, open_lazily, open_picture, read_picture
 from plumbing import datasets, pictures
 
 TRAIN_AND_TEST = ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/dog/1.png")
@@ -604,3 +606,14 @@ def test_pictures_in_both_splits_are_counted_by_their_pixels(tmp_path):
     train, test = (pictures.folder(tmp_path, split, 224) for split in ("train", "test"))
     assert pictures.in_both(train, test) == 1
     assert pictures.in_both(train, train) == 2
+
+
+def test_what_is_in_both_is_found_by_hashes_and_not_by_copies(tmp_path):
+    """Pictures that take half of the free memory would not fit twice."""
+    pixels = torch.randint(256, (200, 64, 64, 3), dtype=torch.uint8)
+    images = Images(pixels, torch.zeros(200), ("a",))
+    tracemalloc.start()
+    assert pictures.in_both(images, images) == 200
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < pixels.nbytes / 20
