@@ -21,12 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torchvision import datasets
 
 # Of RGB in [0, 1]: what torchvision's ImageNet weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}  # Krizhevsky 2009
 
 # Text in a PNG that unpacks to more than 1 MB, such as an image generator's workflow, would make
 # Pillow refuse the picture.
@@ -49,10 +47,13 @@ class Images(NamedTuple):
 def cifar(
     root: str | Path, name: str = "cifar10", train: bool = True, download: bool = True
 ) -> Images:
-    """CIFAR-10 or CIFAR-100, uint8 [50000 or 10000, 32, 32, 3]; checked and unpacked by
-    torchvision, and downloaded by it if it is not in `root`."""
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), uint8 [50000 or 10000, 32, 32, 3]; checked and
+    unpacked by torchvision, and downloaded by it if it is not in `root`."""
     warnings.filterwarnings("ignore", message=".*align should be passed")  # how CIFAR was pickled
-    found = CIFAR[name](root, train=train, download=download)
+    from torchvision import datasets  # here: to import it takes as long as torch itself
+
+    kinds = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+    found = kinds[name](root, train=train, download=download)
     pixels = torch.from_numpy(np.ascontiguousarray(found.data))
     return Images(pixels, torch.tensor(found.targets), tuple(found.classes))
 
@@ -68,8 +69,11 @@ def transform(
     pixels: uint8 [B, H, W, 3]; flips: bool [B], which images to mirror left to right.
     Returns `dtype` [B, 3, image_size, image_size] in channels_last memory, ImageNet-normalized,
     about -2.1 to 2.6. From 32x32 to 224x224 equal to Resize, ToTensor and Normalize of PIL images
-    to floating-point rounding; for sizes that are no multiples some values round to the next of
-    their 256 levels.
+    to floating-point rounding. For sizes that are no multiples some values are a level of 256 off,
+    seldom two: from 50x40 to 32x32 a quarter of them (Pillow 13).
+
+    It must give the same for the same picture and flip, since that is computed once and kept. What
+    is random, such as a crop, belongs into train.py's AUGMENT.
     """
     if flips is not None:  # on the small image: mirroring commutes with resizing
         pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(2), pixels)
@@ -94,6 +98,41 @@ def epoch_order(count: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.
     generator = np.random.default_rng([seed, epoch])
     order = torch.from_numpy(generator.permutation(count))
     return order, torch.from_numpy(generator.random(count) < 0.5)
+
+
+def epoch_generator(seed: int, epoch: int, device: torch.device | str) -> torch.Generator:
+    """What an epoch's augmentation is drawn from, batch after batch: a function of (seed, epoch)
+    and of the kind of device."""
+    state = np.random.SeedSequence([seed, epoch, 1]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state[0] >> 1))
+
+
+def random_crop(
+    pixels: torch.Tensor, generator: torch.Generator, padding: int | None = None
+) -> torch.Tensor:
+    """An AUGMENT: each image moved by up to `padding` pixels (an eighth of its height; 4 for CIFAR)
+    in both directions, with black where it leaves. uint8 [B, H, W, 3] to the same, any device."""
+    count, height, width, _ = pixels.shape
+    border = height // 8 if padding is None else padding
+    padded = F.pad(pixels, (0, 0, border, border, border, border))
+    where = {"generator": generator, "device": pixels.device}
+    top, left = torch.randint(2 * border + 1, (2, count, 1), **where)
+    rows = (top + torch.arange(height, device=pixels.device))[:, :, None]
+    columns = (left + torch.arange(width, device=pixels.device))[:, None, :]
+    image = torch.arange(count, device=pixels.device)[:, None, None]
+    return padded[image, rows, columns]
+
+
+def random_erase(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """An AUGMENT: a grey square over each image, of half its height (DeVries and Taylor 2017,
+    arXiv:1708.04552), partly outside it at times. uint8 [B, H, W, 3] to the same, any device."""
+    count, height, width, _ = pixels.shape
+    where = {"generator": generator, "device": pixels.device}
+    y, x = torch.rand(2, count, 1, **where)
+    rows = (torch.arange(height, device=pixels.device) - y * height).abs() < height / 4
+    columns = (torch.arange(width, device=pixels.device) - x * width).abs() < height / 4
+    erased = rows[:, :, None, None] & columns[:, None, :, None]
+    return torch.where(erased, pixels.new_tensor(127), pixels)
 
 
 def read_picture(file: str | Path, size: Sequence[int] | None = None) -> torch.Tensor:

@@ -22,13 +22,13 @@ from PIL import Image
 
 from data import Images, UserError, read_picture
 from plumbing import datasets, machine
-from plumbing.command import Parser, command, paths
+from plumbing.checkpoint import Trained, load_model, read_checkpoint, summary_row
+from plumbing.cli import Parser, command, output, paths
 from plumbing.files import check_writable, write_csv, write_file
-from plumbing.flags import folder, output
+from plumbing.flags import folder
 from plumbing.pictures import find_pictures
-from plumbing.runs import read_checkpoint, summary_row
-from plumbing.scoring import Loaded, predict, prepared, score
-from plumbing.terminal import print_row
+from plumbing.report import print_row
+from plumbing.scoring import metrics, predict, prepared
 
 MISTAKES = 12  # the most confident ones, which --per-class keeps as pictures
 
@@ -67,16 +67,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.csv:
         check_writable(args.csv)
     pictures = [file for path in paths(args.image or []) for file in find_pictures(Path(path))]
-    load = datasets.Once()  # many checkpoints share one test set
+    test_sets = datasets.TestSets()  # many checkpoints share one test set
     rows, failed = [], False
     for path in args.checkpoints:
         try:
-            trained = Loaded(read_checkpoint(path), args.device, args.precision)
+            trained = load_model(read_checkpoint(path), args.device, args.precision)
             if args.image:
                 rows = name_pictures(path, trained, pictures)
                 failed |= len(rows) < len(pictures)
                 continue
-            rows.append(score_one(path, trained, load, args, header=not rows))
+            rows.append(score_one(path, trained, test_sets, args, header=not rows))
         except UserError as error:  # said, and the others scored all the same
             about = str(error)
             if str(path) not in about:
@@ -90,14 +90,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def score_one(
-    path: str, trained: Loaded, load: datasets.Once, args: Namespace, header: bool
+    path: str, trained: Trained, test_sets: datasets.TestSets, args: Namespace, header: bool
 ) -> dict:
     """Score one checkpoint on its test set, print its line, and give its row of the CSV."""
-    images = load.test_set(trained.checkpoint, args.data_dir)
+    images = test_sets.of(trained.checkpoint, args.data_dir)
     size = trained.image_size
     batches = prepared(images.pixels, size, trained.device)
     logits = predict(trained.model, batches, trained.device, trained.precision).cpu()
-    row = summary_row(path, trained.checkpoint, *score(logits, images.labels))
+    found = metrics(logits, images.labels)
+    scores = {f"test_{name}": value for name, value in found.items()}
+    row = summary_row(path, trained.checkpoint, scores)
     row["test_images"] = len(images.labels)
     print_row(row, header)
     if args.per_class:
@@ -109,7 +111,7 @@ def complain(error: UserError | str) -> None:
     print(f"evaluate.py: error: {error}", file=sys.stderr, flush=True)
 
 
-def name_pictures(path: str, trained: Loaded, files: list[Path]) -> list[dict]:
+def name_pictures(path: str, trained: Trained, files: list[Path]) -> list[dict]:
     """Print the five likeliest classes of each picture, which goes the way that the training
     pictures went: to their size, then to the network's. Returns a row of the CSV for each one that
     could be read: its file, the likeliest class and that one's probability, and all classes'."""
@@ -119,7 +121,7 @@ def name_pictures(path: str, trained: Loaded, files: list[Path]) -> list[dict]:
         named, pictures = [], []
         for file in files[start : start + 128]:
             try:
-                pictures.append(read_picture(file, trained.checkpoint["facts"]["picture_size"]))
+                pictures.append(read_picture(file, trained.checkpoint["metadata"]["picture_size"]))
                 named.append(file)
             except UserError as error:
                 complain(error)

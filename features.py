@@ -11,25 +11,28 @@ The prefix is frozen and in eval mode and the only augmentation is a mirror imag
 has exactly two inputs to the tail. Computed once each, they turn every later epoch's pass
 through the prefix into a lookup.
 
-Imports torch and `transform` of data.py, nothing else of this repository: copy both into yours.
+Imports torch, and data.py of this repository: copy both into yours.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 
-from data import transform
+from data import UserError, transform
 
-SMALL = 2**30  # bytes of pixels that a GPU holds itself, to look them up without waiting
+SMALL_BYTES = 2**30  # of pixels: a GPU holds so many itself, to look them up without waiting
+Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
 class Features:
     """The inputs of the tail for one split: `dtype` [B, C, H, W] in channels_last memory.
 
     prefix: the frozen stages, any module; pixels: uint8 [N, H, W, 3]; mirrored: whether both
-    flips will be asked for (training) or only the image itself (test).
+    flips will be asked for (training) or only the image itself (test); augment: changes a batch of
+    pixels at random, so that nothing can be computed once. Raises UserError for other pixels, and
+    where `transform` is random.
     """
 
     def __init__(
@@ -40,14 +43,17 @@ class Features:
         device: torch.device | str,
         dtype: torch.dtype,
         mirrored: bool,
+        augment: Augment | None = None,
     ):
+        check(pixels, image_size)
         device = torch.device(device)
         self.prefix = prefix.to(device, dtype, memory_format=torch.channels_last)
         self.pixels, self.image_size, self.device, self.dtype = pixels, image_size, device, dtype
+        self.augment = augment
         self.chunk = 16  # images per pass: on a CPU little memory, used again and again, is best
         if device.type != "cpu":
             self.chunk = 256
-        if device.type == "cuda" and pixels.nbytes <= SMALL:
+        if device.type == "cuda" and pixels.nbytes <= SMALL_BYTES:
             self.pixels = pixels.to(device)
         self.store = None  # [rows, H, W, C]: image i, and from row N on its mirror image
         self.copies = deque()  # CUDA events of the last copies out of the host's memory
@@ -60,32 +66,37 @@ class Features:
 
     def __call__(self, indices: torch.Tensor, flips: torch.Tensor | bool = False) -> torch.Tensor:
         """Features of the images at `indices`, int64 [B], mirrored where `flips`, bool [B]."""
-        rows = indices + len(self) * flips
-        if self.store is None:
-            found = self.compute(rows)
-        elif self.device.type == "cuda" and not self.store.is_cuda:
-            found = self.copy_to_gpu(rows)
-        else:
-            found = self.store.index_select(0, rows.to(self.store.device)).to(self.device)
-        return found.permute(0, 3, 1, 2)
+        return self.look_up(indices + len(self) * flips)
 
     def batches(
         self,
         size: int | list[int],
         order: torch.Tensor | None = None,
         flips: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Iterator[torch.Tensor]:
         """Features of all images, `size` at a time, or as many as each of `size`: in `order`,
-        int64 [N], or as they come; mirrored where `flips`, bool [N] by image."""
+        int64 [N], or as they come; mirrored where `flips`, bool [N] by image; augmented, if they
+        are, by what is drawn from `generator`."""
         rows = torch.arange(len(self)) if order is None else order
         if flips is not None:
             rows = rows + len(self) * flips[rows]
         source = self.pixels if self.store is None else self.store
         for some in rows.to(source.device).split(size):  # sent once: a GPU waits for each copy
-            yield self(some)
+            yield self.look_up(some, generator)
+
+    def look_up(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """These rows of the store, int64 [B], kept or computed: [B, C, H, W]."""
+        if self.store is None:
+            found = self.compute(rows, generator)
+        elif self.device.type == "cuda" and not self.store.is_cuda:
+            found = self.copy_to_gpu(rows)
+        else:
+            found = self.store.index_select(0, rows.to(self.store.device)).to(self.device)
+        return found.permute(0, 3, 1, 2)
 
     @torch.no_grad()
-    def compute(self, rows: torch.Tensor) -> torch.Tensor:
+    def compute(self, rows: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """These rows of the store, int64 [B], computed: [B, H, W, C]."""
         count, parts = len(rows), []
         if self.device.type == "cuda":  # cuDNN searches anew for every size: let there be 8 of them
@@ -93,6 +104,8 @@ class Features:
         for some in rows.to(self.pixels.device).split(self.chunk):
             pixels = self.pixels.index_select(0, some % len(self)).to(self.device)
             flips = (some >= len(self)).to(self.device)
+            if self.augment and generator:
+                pixels = self.augment(pixels, generator)
             parts.append(self.prefix(transform(pixels, self.image_size, self.dtype, flips)))
         return torch.cat(parts)[:count].permute(0, 2, 3, 1)
 
@@ -109,18 +122,23 @@ class Features:
         self.copies.append(torch.cuda.current_stream().record_event())
         return found
 
-    def blocks(self, report: Callable[[int, int], None] | None = None) -> Iterator[torch.Tensor]:
-        """Every row of the store, computed, a chunk at a time. report(done, of) hears of each."""
-        total = self.shape[0]
-        for rows in torch.arange(total).split(self.chunk):
-            yield self.compute(rows)
-            if report:
-                report(rows[-1].item() + 1, total)
-
-    def fill(self, device: torch.device, report: Callable[[int, int], None] | None = None) -> None:
-        """Compute every feature once and keep it on `device`, the GPU or the CPU."""
-        store, done = torch.empty(self.shape, dtype=self.dtype, device=device), 0
-        for block in self.blocks(report):
-            store[done : done + len(block)] = block
-            done += len(block)
+    def fill(self, device: torch.device | str, progress: Callable[[list], Iterable] = iter) -> None:
+        """Compute every feature once and keep it on `device`, the GPU or the CPU. progress: goes
+        through a list and shows how far it is, such as tqdm."""
+        store = torch.empty(self.shape, dtype=self.dtype, device=device)
+        for rows in progress(torch.arange(len(store)).split(self.chunk)):
+            store[rows[0] : rows[-1] + 1] = self.compute(rows)
         self.store = store
+
+
+def check(pixels: torch.Tensor, image_size: int) -> None:
+    """Raises UserError for what would train, and learn something else than was meant."""
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+        found = f"{pixels.dtype} {list(pixels.shape)}".removeprefix("torch.")
+        raise UserError(f"pixels must be uint8 [N, H, W, 3] with values of 0 to 255, not {found}")
+    some = pixels[:64]
+    if not torch.equal(transform(some, image_size), transform(some, image_size)):
+        raise UserError(
+            "data.transform gives another picture each time, and its pictures are computed once: "
+            "what is random belongs into AUGMENT, in the recipe of train.py"
+        )

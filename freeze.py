@@ -1,4 +1,4 @@
-"""A pretrained ResNet, and which of its stages learn.
+"""A pretrained network, and which of its stages learn.
 
     model = build("resnet18", 10, state)                # a state_dict, and a new fc for 10 classes
     freeze(model, ["fc", "layer4"])                     # everything else is frozen
@@ -10,53 +10,108 @@ Freezing takes two things. `requires_grad = False` stops the optimizer, and eval
 BatchNorm, which otherwise normalizes with the batch's statistics and keeps moving its running
 ones, frozen or not (pytorch/pytorch#86590).
 
-Imports torch and torchvision only, nothing of this repository: copy it into yours.
+Only this file knows what the stages of a network are. Another network is its name in MODELS, and a
+case in `stages`. Imports torch and torchvision, nothing of this repository: copy it into yours.
 """
 
 import copy
+import warnings
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import ResNet, get_model
 
 MODELS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
+    *("mobilenet_v3_small", "mobilenet_v3_large", "convnext_tiny", "convnext_small"),
 )
-STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")  # from the input to the output
 LEARNING_RATES = {"fc": 1e-3, "layer4": 1e-4, "layer3": 1e-5}  # the published ones
+# Where in `model.features` the stem and layer1 to layer4 begin, by the number of blocks in it.
+FIRST_BLOCKS = {
+    8: (0, 1, 2, 4, 6),  # ConvNeXt
+    13: (0, 1, 2, 4, 9),  # MobileNetV3, small: where the picture is halved
+    17: (0, 2, 4, 7, 13),  # and large
+}
 
 
 def build(
-    name: str, num_classes: int, state: dict[str, torch.Tensor] | None = None, seed: int = 0
-) -> ResNet:
+    name: str,
+    num_classes: int,
+    state: Mapping[str, torch.Tensor] | None = None,
+    seed: int = 0,
+    keep_head: bool = False,
+) -> nn.Module:
     """A float32, channels_last network: one of MODELS with the pretrained weights in `state`, or
-    with random ones, and a new fc, [features -> num_classes]. state: torchvision's keys; its fc
-    is thrown away. Everything random comes from the seed."""
+    with random ones, and a new last layer, [features -> num_classes]. state: torchvision's keys,
+    whose last layer is thrown away unless keep_head. Everything random comes from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if state is None:
-            model = get_model(name, weights=None, num_classes=num_classes)
+            model = untrained(name, num_classes)
         else:
-            model = get_model(name, weights=None)
-            features, model.fc = model.fc.in_features, nn.Identity()
-            backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
-            model.load_state_dict(backbone)
-            model.fc = nn.Linear(features, num_classes)
+            model = untrained(name)
+            last = last_layer(model)
+            features = model.get_submodule(last).in_features
+            set_submodule(model, last, nn.Identity())
+            head = {key: value for key, value in state.items() if key.startswith(f"{last}.")}
+            model.load_state_dict({key: state[key] for key in state if key not in head})
+            set_submodule(model, last, nn.Linear(features, num_classes))
+            if keep_head:
+                model.load_state_dict(dict(state))
     return model.to(memory_format=torch.channels_last)
 
 
-def stages(model: ResNet) -> dict[str, nn.Module]:
-    """The model's stages by name, in the order they run; avgpool and flatten, which learn
-    nothing, run between the last two."""
-    stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
-    return {"stem": stem} | {name: getattr(model, name) for name in STAGES[1:]}
+def untrained(name: str, num_classes: int = 1000) -> nn.Module:
+    """One of torchvision's networks, with random weights."""
+    from torchvision.models import get_model  # here: to import it takes as long as torch itself
+
+    return get_model(name, weights=None, num_classes=num_classes)
 
 
-def freeze(model: ResNet, unfrozen: Collection[str]) -> None:
-    """Let the unfrozen stages learn, and no others; goes with train_mode, its other half."""
+def last_layer(model: nn.Module) -> str:
+    """The name of the layer that tells the classes apart: fc in a ResNet."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1]
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
+
+
+def stages(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's stages by name, in the order they run: the first one begins at the pixels, the
+    last one is the head. The pooling between the last two learns nothing."""
+    if hasattr(model, "layer4"):  # a ResNet
+        stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
+        names = ("layer1", "layer2", "layer3", "layer4", "fc")
+        return {"stem": stem} | {name: getattr(model, name) for name in names}
+    begins = FIRST_BLOCKS[len(model.features)]
+    ends = (*begins[1:], len(model.features))
+    parts = {}
+    for name, begin, end in zip(("stem", "layer1", "layer2", "layer3", "layer4"), begins, ends):
+        parts[name] = model.features[begin:end]
+    return parts | {"fc": model.classifier}
+
+
+def stage_names(name: str) -> list[str]:
+    """The stages of one of MODELS, in the order they run; the last one is the head."""
+    with torch.device("meta"):
+        return list(stages(untrained(name)))
+
+
+def freeze(model: nn.Module, unfrozen: Collection[str]) -> None:
+    """Let the unfrozen stages learn, and no others; goes with train_mode, its other half. Raises
+    ValueError for a name that is no stage's."""
+    names = list(stages(model))
+    if isinstance(unfrozen, str):
+        raise ValueError(f'freeze takes a list of stages: freeze(model, ["{unfrozen}"])')
+    if unknown := [name for name in unfrozen if name not in names]:
+        raise ValueError(f"no such stage: {', '.join(unknown)}; there are {', '.join(names)}")
+    if names[-1] not in unfrozen:
+        warnings.warn(f"{names[-1]} is frozen: a new one stays random", stacklevel=2)
     for name, stage in stages(model).items():
         stage.requires_grad_(name in unfrozen)
 
@@ -73,9 +128,9 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def param_groups(model: ResNet, rates: Mapping[str, float]) -> list[dict]:
-    """One optimizer group for each stage that learns, with its name and learning rate, fc first.
-    rates: by stage, per step; KeyError for a stage that learns and has none."""
+def param_groups(model: nn.Module, rates: Mapping[str, float]) -> list[dict]:
+    """One optimizer group for each stage that learns, with its name and learning rate, the head
+    first. rates: by stage, per step; KeyError for a stage that learns and has none."""
     groups = []
     for name, stage in reversed(stages(model).items()):
         parameters = [parameter for parameter in stage.parameters() if parameter.requires_grad]
@@ -84,7 +139,7 @@ def param_groups(model: ResNet, rates: Mapping[str, float]) -> list[dict]:
     return groups
 
 
-def split(model: ResNet, first: str) -> tuple[nn.Module, nn.Module]:
+def split(model: nn.Module, first: str) -> tuple[nn.Module, nn.Module]:
     """Cut the model before the stage `first`, the earliest one that learns: model(x) equals
     tail(prefix(x)) in eval mode.
 
@@ -92,12 +147,15 @@ def split(model: ResNet, first: str) -> tuple[nn.Module, nn.Module]:
     frozen copy in eval mode, where a BatchNorm is one multiplication and one addition per channel:
     for speed the convolution before it absorbs them. Exact up to rounding.
     """
-    *backbone, fc = stages(model).values()
-    cut = STAGES.index(first)
+    names, (*backbone, head) = list(stages(model)), stages(model).values()
+    cut = names.index(first)
     prefix = nn.Sequential(*backbone[:cut])
-    tail = nn.Sequential(*backbone[cut:], Average(), fc)
-    if first == "fc":  # one number a channel is to be kept; averaging it again changes nothing
-        prefix.append(model.avgpool)
+    pooling = Average()
+    if type(model).__name__ == "ConvNeXt":  # its head normalizes and flattens
+        pooling = model.avgpool
+    tail = nn.Sequential(*backbone[cut:], pooling, head)
+    if first == names[-1]:  # a number a channel is to be kept; averaged again it stays
+        prefix.append(nn.AdaptiveAvgPool2d(1))
     prefix = copy.deepcopy(prefix).eval().requires_grad_(False)
     for parent in list(prefix.modules()):
         absorb_batchnorm(parent)
@@ -119,25 +177,3 @@ class Average(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
-
-
-class Drift:
-    """How far stages have moved from where they were when this was made."""
-
-    def __init__(self, model: ResNet, names: Collection[str]):
-        self.stages = {name: stages(model)[name] for name in names}
-        self.before = {name: vector(stage) for name, stage in self.stages.items()}
-
-    def now(self) -> dict[str, float]:
-        """By stage, the norm of the difference of all parameters, BatchNorm's scale and shift
-        among them, over the norm of the start: from 0 up; 1 is as far as from all zeros."""
-        moved = {}
-        for name, before in self.before.items():
-            difference = vector(self.stages[name]) - before
-            moved[name] = (difference.norm() / before.norm()).item()
-        return moved
-
-
-def vector(stage: nn.Module) -> torch.Tensor:
-    """A copy of all parameters of a stage, float32 [count]."""
-    return torch.cat([parameter.detach().flatten() for parameter in stage.parameters()])

@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib import font_manager, pyplot
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from plumbing.command import Parser, UserError, command
+from plumbing.cli import Parser, UserError, command
 
 # Colours that the colour-blind can tell apart (Okabe and Ito 2008); lines and markers that a
 # black and white print can.

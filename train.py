@@ -6,11 +6,11 @@
     python train.py --epochs 10                           # fc alone
     python train.py --unfreeze layer4 --lr layer4=3e-4 fc=3e-3
     python train.py --unfreeze layer4 --dataset folder --data-dir pictures
+    python train.py --unfreeze layer4 --tag smooth        # with a recipe that you have changed
     python train.py --dataset synthetic --weights none --image-size 64
 
-The defaults are the published experiment: CIFAR-10 at 224x224, Adam, constant
-learning rates. A run leaves history.csv and epochN.pt in a folder of its own
-under --out.
+The defaults are the published experiment: CIFAR-10 at 224x224, Adam, constant learning rates.
+A run leaves history.csv and epochN.pt in a folder of its own under --out.
 """
 
 import plumbing  # noqa: F401  # before torch, for whose threads it sets something
@@ -18,36 +18,46 @@ import plumbing  # noqa: F401  # before torch, for whose threads it sets somethi
 # isort: split
 import functools
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import data
 import freeze
-from data import Images, epoch_order
 from features import Features
-from plumbing import cache, datasets, flags, machine, ranks, terminal, weights
-from plumbing.command import command
-from plumbing.convolution import faster
-from plumbing.graph import Replayed, capturable
-from plumbing.runs import Run
-from plumbing.scoring import predict, score
-from plumbing.settings import settings_of
+from plumbing import cache, datasets, distributed, flags, machine, report
+from plumbing.cli import command, progress
+from plumbing.convolution import use_fast_convolutions
+from plumbing.datasets import Splits
+from plumbing.graph import CudaGraphStep
+from plumbing.run import Run
+from plumbing.schedule import Schedule, lengths_of_runs
+from plumbing.scoring import score_epoch
+from plumbing.settings import Settings, settings_of
+from plumbing.weights import pretrained
 
-# The recipe: what the published experiment is. A flag changes a line of it for one run.
+# The recipe: what the published experiment is, and what people change. A flag changes a line of
+# the table for one run. Change anything else here, and give the run a name: --tag NAME.
 RECIPE = {
-    "model": "resnet18",
+    "model": "resnet18",  # or another of freeze.MODELS: mobilenet_v3_large, convnext_tiny
     "weights": "imagenet",  # torchvision's IMAGENET1K_V1
-    "dataset": "cifar10",  # mirrored at random in training, and nothing else
+    "dataset": "cifar10",
     "image_size": 224,
-    "rates": freeze.LEARNING_RATES,  # fc 1e-3, layer4 1e-4, layer3 1e-5, constant
+    "rates": freeze.LEARNING_RATES,  # fc 1e-3, layer4 1e-4, layer3 1e-5
     "batch_size": 128,  # the one line that the publication does not state
     "epochs": [10],
 }
-OPTIMIZER = functools.partial(torch.optim.Adam, fused=True)  # or (torch.optim.SGD, momentum=0.9)
-LOSS = F.cross_entropy
+# Or (torch.optim.AdamW, weight_decay=0.01, fused=True), or (torch.optim.SGD, momentum=0.9), which
+# needs other rates: --lr fc=0.03 layer4=0.01 layer3=0.003
+OPTIMIZER = functools.partial(torch.optim.Adam, fused=True)
+# Constant, as published. Or a function of (optimizer, epochs), or of (optimizer, steps), that gives
+# a scheduler: lambda optimizer, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+SCHEDULE = None
+LOSS = F.cross_entropy  # or functools.partial(F.cross_entropy, label_smoothing=0.1)
+AUGMENT = None  # the mirror image alone, as published; or data.random_crop, data.random_erase
+RECORD = True  # steps as a CUDA graph; False where train_step does what its docstring forbids
 
 
 def train_step(
@@ -59,7 +69,11 @@ def train_step(
     autocast: torch.autocast,
 ) -> torch.Tensor:
     """Forward, backward, update. x: features of a batch; y: int64 [B]. Returns the sum of the
-    losses and how many were right, [2], on the device: no step waits for a number."""
+    losses and how many were right, [2], on the device: no step waits for a number.
+
+    On a GPU it is recorded once and replayed: what Python does here it does once. Random numbers
+    come from torch.rand(..., device=x.device); a number that changes is a tensor that is filled
+    anew, or a name of this module. For anything else RECORD = False."""
     with autocast:
         logits = tail(x)
     loss = LOSS(logits.float(), y)
@@ -75,103 +89,98 @@ def train_epoch(
     step: Callable[..., torch.Tensor],
     batches: Iterable[torch.Tensor],
     targets: tuple[torch.Tensor, ...],
-    report: Callable[[int, int], None],
-) -> tuple[float, float]:
+    after_step: Callable[[], None],
+) -> dict[str, float]:
     """One pass over all batches. Returns the mean loss in nats and the accuracy in [0, 1], as the
     network was at each step."""
     total = 0
-    for number, (x, y) in enumerate(zip(batches, targets), start=1):
+    for x, y in zip(batches, targets):
         total = total + step(x, y)
-        report(number, len(targets))
+        after_step()
     loss, right = total.tolist()
     count = sum(len(y) for y in targets)
-    return loss / count, right / count
+    return {"train_loss": loss / count, "train_accuracy": right / count}
 
 
 def main(argv: list[str] | None = None) -> None:
     # What is asked for, and on which machine.
+    started = time.monotonic()
     args = flags.parse(__doc__, RECIPE, argv)
-    device = ranks.join(args.device)  # one process, or torchrun's
-    args.precision = machine.pick_precision(args.precision, device)
+    rates = flags.learning_rates(args, RECIPE["rates"])  # of all stages that learn
+    device = distributed.init(args.device)  # one process, or torchrun's
+    precision = machine.pick_precision(args.precision, device)
     machine.tune(device)
+    images = datasets.load_splits(args, len(rates) > 1 or args.frozen_batchnorm == "train")
 
-    # The pictures, and the pretrained network with a new last layer.
-    train, test = datasets.load_both(args)
-    state = weights.load(args.weights, args.model)
-    model = freeze.build(args.model, len(train.classes), state, args.seed).to(device)
-    faster(model)  # its convolutions, on a CPU
+    # With constant rates ten epochs are the beginning of fifty: one run leaves both.
+    for lengths in lengths_of_runs(args.epochs, SCHEDULE):
+        # The pretrained network with a new last layer.
+        model = pretrained(args, images.train.classes).to(device)
+        use_fast_convolutions(model)  # on a CPU
 
-    # The run's folder, which knows how far the run has come.
-    with Run(args, settings_of(args, train, test, model)) as run:
-        train, test = ranks.shard(train), ranks.shard(test)
-        if run.missing:
-            fine_tune(run, model, train, test, args, device)
-        else:
-            print(f"{run.folder}: finished")
+        # The run's folder, which knows how far the run has come.
+        settings = settings_of(args, rates, precision, images, model, lengths, SCHEDULE, __file__)
+        with Run(args, settings, lengths, images, started) as run:
+            if run.missing:
+                fine_tune(run, model, images, device)
+            else:
+                print(f"{run.folder}: finished")
+        started = time.monotonic()
 
 
-def fine_tune(
-    run: Run, model: nn.Module, train: Images, test: Images, args: Namespace, device: torch.device
-) -> None:
+def fine_tune(run: Run, model: nn.Module, images: Splits, device: torch.device) -> None:
     """Train what is still missing of a run."""
     # Freeze, and compute once what the frozen part makes of every picture.
-    tail, inputs, test_inputs = freeze_and_split(model, train, test, args, device)
-    terminal.print_setup(run.folder, model, train, test, args, device)
-    where = args.cache, device, args.out / "features", args.batch_size
-    inputs, test_inputs, run.fill_seconds = cache.keep([inputs, test_inputs], *where)
-    labels, test_labels = ranks.mine(train.labels).to(device), test.labels.to(device)
-    sizes = ranks.sizes(len(train.labels), args.batch_size)
-    drift = freeze.Drift(model, args.unfreeze[:-1])  # away from the pretrained weights
+    settings = run.settings
+    tail, inputs = freeze_and_split(model, images, settings, device)
+    report.print_setup(run, model, images, device)
+    inputs, run.fill_seconds = cache.keep(inputs, run.args.cache, device, run.folder, settings)
+    labels = images.train.labels.to(device)
 
-    # Adam, and a step of it. What a stopped run had reached is put back.
-    optimizer = OPTIMIZER(freeze.param_groups(model, args.rates))
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    autocast = machine.autocast(device, args.precision)
+    # The optimizer, and a step of it. What a stopped run had reached is put back.
+    optimizer = OPTIMIZER(freeze.param_groups(model, settings.rates))
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+    autocast = machine.autocast(device, settings.precision)
     learns = {"tail": tail, "optimizer": optimizer, "scaler": scaler, "autocast": autocast}
     step = functools.partial(train_step, **learns)
-    run.restore(model, optimizer, scaler)
-    if device.type == "cuda" and ranks.count() == 1:  # hundreds of launches, replayed as one
-        capturable(optimizer)
-        step = Replayed(step)
+    if RECORD and device.type == "cuda" and settings.ranks == 1:
+        step = CudaGraphStep(step, tail, optimizer)  # hundreds of launches, replayed as one
+    steps = -(-len(labels) // settings.batch_size)
+    schedule = Schedule(SCHEDULE, optimizer, run.last_epoch, run.last_epoch * steps)
+    run.restore({"model": model, "optimizer": optimizer, "scaler": scaler, "schedule": schedule})
 
     # Train, test, keep. The order and the flips of an epoch come from the seed and its number.
     for epoch in run.epochs():
-        start = time.monotonic()
-        set_mode(model, args)
-        order, flips = ranks.my_order(*epoch_order(len(train.labels), args.seed, epoch))
-        batches = inputs.batches(sizes, order, flips)
+        freeze.train_mode(model)  # not model.train()
+        if settings.frozen_batchnorm == "train":
+            model.train()  # the usual mistake, to see what it costs
+        order, flips = data.epoch_order(images.train_images, settings.seed, epoch)
+        order, flips, sizes = distributed.local_epoch(order, flips, settings.batch_size)
+        generator = data.epoch_generator(settings.seed, epoch, device)
+        batches = inputs["train"].batches(sizes, order, flips, generator)
+        batches = progress(batches, f"epoch {epoch}, step", steps, run.last_epoch - epoch)
         targets = labels[order.to(device)].split(sizes)
-        trained = train_epoch(step, batches, targets, terminal.reporter(f"epoch {epoch}, step"))
-        trained = ranks.agreed(trained, len(inputs), model)
-        between = time.monotonic()
-        batches = terminal.watched(test_inputs.batches(128), f"epoch {epoch}: testing")
-        logits = ranks.gathered(predict(tail, batches, device, args.precision))
-        tested = score(logits, test_labels)
-        times = time.monotonic() - start, between - start
-        run.keep(epoch, trained, tested, times, drift.now(), logits.argmax(1) == test_labels)
+        trained = train_epoch(step, batches, targets, schedule.after_step)
+        run.trained(trained, len(labels))
+        scores, correct = score_epoch(tail, inputs, images.watched(), device, settings.precision)
+        run.keep(epoch, scores, correct)
 
 
 def freeze_and_split(
-    model: nn.Module, train: Images, test: Images, args: Namespace, device: torch.device
-) -> tuple[nn.Module, Features, Features]:
-    """The part that learns, and its inputs for training and test, not computed yet."""
-    freeze.freeze(model, args.unfreeze)
-    first = args.unfreeze[0]
-    if args.frozen_batchnorm == "train":
-        first = "stem"  # BatchNorm that sees the batch gives nothing that stays the same
+    model: nn.Module, images: Splits, settings: Settings, device: torch.device
+) -> tuple[nn.Module, dict[str, Features]]:
+    """The part that learns, and its inputs for train, test and val, not computed yet."""
+    freeze.freeze(model, settings.unfrozen)
+    first = settings.unfrozen[0]
+    if settings.frozen_batchnorm == "train":
+        first = next(iter(freeze.stages(model)))  # BatchNorm that sees the batch is not constant
     prefix, tail = freeze.split(model, first)
-    where = args.image_size, device, machine.PRECISIONS[args.precision]
-    inputs = Features(prefix, train.pixels, *where, mirrored=True)
-    test_inputs = Features(prefix, test.pixels, *where, mirrored=False)
-    return ranks.together(tail), inputs, test_inputs
-
-
-def set_mode(model: nn.Module, args: Namespace) -> None:
-    """Train mode for what learns, and eval mode for what is frozen; or the usual mistake."""
-    if args.frozen_batchnorm == "train":
-        model.train()
-    else:
-        freeze.train_mode(model)
+    where = settings.image_size, device, machine.PRECISIONS[settings.precision]
+    train = Features(prefix, images.train.pixels, *where, mirrored=True, augment=AUGMENT)
+    inputs = {"train": train}
+    for split, others in images.watched().items():
+        inputs[split] = Features(prefix, others.pixels, *where, mirrored=False)
+    return distributed.ddp(tail), inputs
 
 
 if __name__ == "__main__":

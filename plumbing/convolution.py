@@ -1,6 +1,6 @@
 """Convolutions on a CPU, in fewer operations or in faster ones than oneDNN takes.
 
-    faster(network)    # every nn.Conv2d in it, in place; parameters and state_dict stay as they are
+    use_fast_convolutions(network)    # every nn.Conv2d in it, in place; its state_dict stays
 
 Without AMX a training step is convolutions, 96% of its time, and oneDNN runs them as fast as the
 processor can multiply: only fewer multiplications help. With AMX (bf16) it multiplies so fast that
@@ -23,9 +23,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-WIDE = 128  # channels from which Winograd pays: with 64 its transforms take what it saves
-TINY = 4  # outputs a side up to which a product pays
-SMALL = 7  # outputs a side up to which it pays for the weights' gradient
+WINOGRAD_CHANNELS = 128  # from which it pays: with 64 its transforms take what it saves
+PRODUCT_SIDE = 4  # outputs a side up to which a product pays
+WEIGHT_PRODUCT_SIDE = 7  # outputs a side up to which it pays for the weights' gradient
 
 
 def both_sides(matrix: list[list[float]]) -> torch.Tensor:
@@ -68,7 +68,7 @@ A = both_sides(
 )
 
 
-def faster(network: nn.Module) -> None:
+def use_fast_convolutions(network: nn.Module) -> None:
     """Has every nn.Conv2d of a network compute as is fastest on a CPU. To rounding the results
     are the same: in float32 a relative error of 2e-6 where F.conv2d has 1e-6."""
     for module in network.modules():
@@ -120,14 +120,14 @@ class Convolution(torch.autograd.Function):
         return of_x, of_weight, None
 
 
-def way(x: torch.Tensor, weight: torch.Tensor, stride: int) -> str:
+def fastest_method(x: torch.Tensor, weight: torch.Tensor, stride: int) -> str:
     """The fastest of "winograd", "product" and "oneDNN"; x or the gradient of a stride of 1."""
     outputs = [-(-side // stride) for side in x.shape[2:]]
     exact = x.dtype in (torch.float32, torch.float64)
-    wide = min(weight.shape[:2]) >= WIDE
+    wide = min(weight.shape[:2]) >= WINOGRAD_CHANNELS
     if exact and wide and stride == 1 and weight.shape[-1] == 3 and max(outputs) > 2:
         return "winograd"
-    return "product" if max(outputs) <= TINY else "oneDNN"
+    return "product" if max(outputs) <= PRODUCT_SIDE else "oneDNN"
 
 
 def convolve(
@@ -136,7 +136,7 @@ def convolve(
     """x [B, C, H, W] and weight [K, C, k, k], k odd, padded by k // 2 a side: the outputs [B, K,
     H / stride, W / stride], rounded up, in channels_last memory; and the transformed tiles of x
     where Winograd was taken."""
-    size, taken = weight.shape[-1], way(x, weight, stride)
+    size, taken = weight.shape[-1], fastest_method(x, weight, stride)
     if taken == "winograd":
         return winograd(x, weight)
     if taken == "oneDNN":
@@ -149,7 +149,7 @@ def convolve(
 def input_gradient(
     gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: int
 ) -> torch.Tensor:
-    if stride == 1 and way(gradient, weight, 1) != "oneDNN":
+    if stride == 1 and fastest_method(gradient, weight, 1) != "oneDNN":
         turned_round = weight.flip(2, 3).transpose(0, 1)
         return convolve(gradient, turned_round, 1)[0]
     return conv2d_input(x.shape, weight, gradient, stride, weight.shape[-1] // 2)
@@ -165,7 +165,7 @@ def weight_gradient(
     size = weight.shape[-1]
     if tiles is not None:
         return winograd_weight_gradient(gradient, tiles)
-    if max(gradient.shape[2:]) > SMALL:
+    if max(gradient.shape[2:]) > WEIGHT_PRODUCT_SIDE:
         return conv2d_weight(x, weight.shape, gradient, stride, size // 2)
     by_channel = gradient.transpose(0, 1).reshape(gradient.shape[1], -1)  # in one piece for AMX
     out = by_channel @ patches(x, size, stride)

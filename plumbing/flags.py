@@ -3,52 +3,57 @@
 import argparse
 import contextlib
 import math
-import time
+import re
 from pathlib import Path
 
 import freeze
 from data import UserError
 from plumbing.cache import PLACES
-from plumbing.command import Parser, whole_number
+from plumbing.cli import Parser, output, whole_number
 from plumbing.datasets import DATASETS
 from plumbing.machine import PRECISIONS, device_flag
 
 
 def parse(description: str, recipe: dict, argv: list[str] | None) -> argparse.Namespace:
-    """The flags, with what follows from them: args.unfreeze ends with every stage that learns,
-    fc among them, args.rates has the rate of each, and args.started is now, monotonic seconds.
-    recipe: the defaults. Raises UserError."""
-    started = time.monotonic()
-    args = parser(description, recipe).parse_args(argv)
-    args.started = started
-    args.unfreeze = [stage for stage in freeze.STAGES if stage in [*args.unfreeze, "fc"]]
-    asked = dict(args.lr)
-    learns = " and ".join(args.unfreeze)
-    for stage in asked:
-        if stage not in args.unfreeze:
-            raise UserError(f"--lr {stage}=...: only what learns has a rate, here {learns}")
-    rates = recipe["rates"] | asked
+    """What the user asked for, and nothing else. recipe: the defaults."""
+    return parser(description, recipe).parse_args(argv)
+
+
+def learning_rates(args: argparse.Namespace, published: dict[str, float]) -> dict[str, float]:
+    """The rate of each stage that learns, in the order they run; the head learns always, and is the
+    last. Raises UserError."""
+    names = freeze.stage_names(args.model)
     for stage in args.unfreeze:
+        if stage not in names:
+            raise UserError(f"--unfreeze {stage}: {args.model} has {', '.join(names)}")
+    learning = [name for name in names if name in [*args.unfreeze, names[-1]]]
+    asked = dict(args.lr)
+    for stage in asked:
+        if stage not in learning:
+            learns = " and ".join(learning)
+            raise UserError(f"--lr {stage}=...: only what learns has a rate, here {learns}")
+    rates = published | asked
+    for stage in learning:
         if stage not in rates:
             unknown = f"--unfreeze {stage} has no published rate"
             raise UserError(f"{unknown}: give it one, as in --lr {stage}=1e-6")
-    args.rates = {stage: rates[stage] for stage in args.unfreeze}
-    return args
+    return {stage: rates[stage] for stage in learning}
 
 
 def parser(description: str, recipe: dict) -> Parser:
     made = Parser(description)
     add = made.add_argument
-    early = " ".join(freeze.STAGES[:-1])
     rates = " ".join(f"{stage}={rate:g}" for stage, rate in recipe["rates"].items())
     # fmt: off
     # the experiment
-    add("--unfreeze", action="extend", nargs="*", default=[], choices=freeze.STAGES,
-        metavar="STAGE", help=f"stages that learn beside fc: {early} (default: none)")
+    add("--unfreeze", action="extend", nargs="*", default=[], metavar="STAGE",
+        help="stages that learn beside the last one, such as layer3 layer4 (default: none)")
     add("--lr", action="extend", type=stage_rate, nargs="+", default=[], metavar="STAGE=RATE",
         help=f"learning rates other than {rates}")
     add("--epochs", type=whole_number(1), nargs="+",
         help="of several, each leaves a checkpoint (default: 10)")
+    add("--tag", type=tag, default="", metavar="NAME",
+        help="what you call a variation of the recipe, in the run's name and in every table")
     add("--frozen-batchnorm", choices=["eval", "train"], default="eval",
         help="train: the usual mistake, to see what it costs; nothing is computed once then")
     add("--batch-size", type=whole_number(1), help="default: %(default)s")
@@ -58,35 +63,36 @@ def parser(description: str, recipe: dict) -> Parser:
         help="of fc's initialization, the subset, the order and the flips (default: 0)")
     # what it starts from
     add("--model", choices=freeze.MODELS, metavar="NAME",
-        help=f"{', '.join(freeze.MODELS[:3])} and their kin (default: %(default)s)")
+        help=f"{', '.join(freeze.MODELS)} (default: %(default)s)")
     add("--weights", type=weights_name, metavar="FILE",
-        help="imagenet (default), none, or the path of a state_dict")
+        help="imagenet (default), none, or the path of a state_dict or of an epochN.pt, whose last "
+             "layer is kept if the classes are the same")
     add("--dataset", choices=DATASETS, help="default: %(default)s")
     add("--data-dir", type=folder, default="data", metavar="DIR",
         help="where the data set is, or is downloaded to (default: data)")
-    add("--test-share", type=test_share, metavar="SHARE",
-        help="of pictures without a test folder, the share to test on, as in 0.2")
     add("--train-size", type=whole_number(1), metavar="N",
         help="train on this many images, the same share of every class")
+    add("--val-share", type=share, metavar="SHARE",
+        help="of the training images, the share to choose epoch and strategy on, as in 0.1")
+    add("--test-share", type=share, metavar="SHARE",
+        help="of pictures without a test folder, the share to test on, as in 0.2")
+    add("--test-seed", type=whole_number(0), default=0,
+        help="draws other pictures for both shares (default: 0)")
     # how it runs
     add("--device", type=device_flag, default="auto",
         help="auto (default): CUDA, then MPS, then the CPU; or cpu, mps, cuda, cuda:1")
     add("--precision", choices=["auto", *PRECISIONS], default="auto",
         help="auto (default): the lowest that the device is fast at")
     add("--cache", choices=PLACES, default="auto",
-        help="where the frozen prefix's outputs are kept; auto (default): where they fit in "
-             "memory; disk: in a file under --out, which later runs use too")
+        help="where the frozen prefix's outputs are kept; auto (default): where they fit; disk: in "
+             "a file that is gone when the run ends")
     add("--resume", action="store_true",
         help="go on after the last epoch that was kept; leave a finished run as it is")
     add("--out", type=output, default=Path("results"), metavar="DIR",
         help="the runs' folder (default: results)")
     # fmt: on
-    made.set_defaults(**recipe)
+    made.set_defaults(**{name: value for name, value in recipe.items() if name != "rates"})
     return made
-
-
-def output(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def folder(text: str) -> Path:
@@ -98,7 +104,13 @@ def weights_name(text: str) -> str:
     return text if text in ("imagenet", "none") else str(Path(text).expanduser().resolve())
 
 
-def test_share(text: str) -> float:
+def tag(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.]*", text):
+        raise argparse.ArgumentTypeError(f"takes letters, digits, _ and ., not {text!r}")
+    return text
+
+
+def share(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) < 1:
             return float(text)

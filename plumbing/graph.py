@@ -4,62 +4,208 @@ A step of a small network launches some 200 kernels, and where each runs for mic
 waits for Python to launch the next one. Recorded once, they are launched together: on an H100 a
 step of fc+layer4 takes 1.1 ms in place of 4.1, of fc+layer3+layer4 2.3 in place of 6.2.
 
-    step = Replayed(step)    # step(x, y): forward, backward, optimizer; returns a tensor
+    step = CudaGraphStep(step, tail, optimizer)   # step(x, y): forward, backward, update
     for x, y in batches:
-        total += step(x, y)
+        total += step(x, y)                       # returns a tensor
 
-The step must not wait for the device (no item(), no print of a tensor), and its optimizer goes
-through capturable() first. (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
+A record repeats kernels with the values that they had. So it is made anew when something has
+changed that it depends on: a rate or another value of the optimizer, a mode (train or eval), which
+parameters learn, a number that the step reads from its module. And it is not made where a step
+waits for the device (item(), print of a tensor) or draws random numbers on the CPU: such a step
+runs as it is, which is said once. What is known to neither must not stand in the step; see
+train_step. (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
 
-Imports torch only: copy it into yours.
+Imports torch and numpy only: copy it into yours.
 """
 
-from collections.abc import Callable
+import functools
+import random
+import warnings
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
+from torch import nn
 
-WARM_UP = 3  # ordinary steps first, in which libraries choose their kernels and Adam its state
-
-
-def capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Has an optimizer count its steps on the GPU, if it counts them (Adam does, SGD does not);
-    also one whose state was saved on a CPU."""
-    for group in optimizer.param_groups:
-        if "capturable" in group:
-            group["capturable"] = True
+WARM_UP_STEPS = 3  # ordinary ones first, in which libraries choose their kernels and Adam its state
+RECORDS_TO_PAY = 20  # steps in which a record must not have to be made anew, to be worth its making
 
 
-class Replayed:
+class CudaGraphStep:
     """Calls `step` as it is a few times, then records it, then replays the record. Inputs of
     another shape than the first ones', such as an epoch's odd last batch, get an ordinary step.
-    What it returns is overwritten by the next call."""
+    What it returns is overwritten by the next call. say: is called with a line if nothing can be
+    recorded."""
 
-    def __init__(self, step: Callable[..., torch.Tensor]):
-        self.step, self.graph, self.inputs, self.output = step, None, None, None
-        self.calls, self.stream = 0, torch.cuda.Stream()  # one to warm up and to record on
+    def __init__(
+        self,
+        step: Callable[..., torch.Tensor],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        say: Callable[[str], None] = print,
+    ):
+        self.step, self.optimizer, self.say = step, optimizer, say
+        self.parameters, self.modules = list(model.parameters()), list(model.modules())
+        self.graph, self.inputs, self.output = None, None, None
+        self.stream = torch.cuda.Stream()  # one to warm up and to record on
+        self.recordable, self.warm, self.replays, self.early = True, 0, 0, 0
+        self.depends_on, self.rates = None, make_capturable(optimizer)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         if self.inputs is None:
             self.inputs = [tensor.clone() for tensor in inputs]  # where the record reads from
-        if [tensor.shape for tensor in inputs] != [tensor.shape for tensor in self.inputs]:
+        same_shapes = [x.shape for x in inputs] == [x.shape for x in self.inputs]
+        if not self.recordable or not same_shapes:
             return self.step(*inputs)
-        if self.calls < WARM_UP:
+        self.notice_changes()
+        if self.warm < WARM_UP_STEPS:
             return self.warm_up(inputs)
         for place, tensor in zip(self.inputs, inputs):
             place.copy_(tensor)
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):  # records, runs nothing
-                self.output = self.step(*self.inputs)
+            self.record()
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            if rate is not None and rate.host != group["lr"]:
+                rate.fill(group["lr"])
         self.graph.replay()
+        self.replays += 1
         return self.output
 
+    def notice_changes(self) -> None:
+        """Drops a record that no longer does what the step would do."""
+        depends_on = self.state()
+        if depends_on == self.depends_on:
+            return
+        if self.graph is not None:
+            self.early += self.replays < RECORDS_TO_PAY
+            if self.early == 3:
+                self.give_up("what it depends on changes too often")
+        self.depends_on, self.graph, self.warm, self.replays = depends_on, None, 0, 0
+
+    def state(self) -> tuple:
+        """All that a record depends on and that may change between two steps."""
+        learns = [parameter.requires_grad for parameter in self.parameters]
+        modes = [module.training for module in self.modules]
+        values = []
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            skipped = {"params", "lr"} if rate is not None else {"params"}
+            values.append({name: group[name] for name in group if name not in skipped})
+        return learns, modes, values, numbers_of(self.step)
+
     def warm_up(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """An ordinary step; not on the default stream, says the documentation."""
-        self.calls += 1
+        """An ordinary step; not on the default stream, says the documentation. The last one is
+        watched for what cannot be recorded."""
+        self.warm += 1
         side, main = self.stream, torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            output = self.step(*inputs)
+            if self.warm < WARM_UP_STEPS:
+                output = self.step(*inputs)
+            else:
+                output = self.watch(inputs)
         main.wait_stream(side)
         return output
+
+    def watch(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """A step that is found out to wait for the device, or to draw numbers on the CPU."""
+        before, mode = random_states(self.step), torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                output = self.step(*inputs)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        if any("synchronizing" in str(warning.message) for warning in caught):
+            self.give_up("it waits for the device, as item() and a printed tensor do")
+        if random_states(self.step) != before:
+            self.give_up("it draws random numbers on the CPU")
+        return output
+
+    def record(self) -> None:
+        """Records the step, which runs nothing. Its rates are tensors meanwhile, if the optimizer
+        takes them, so that a schedule needs no new record."""
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            for group, rate in zip(groups, self.rates):
+                if rate is not None:
+                    rate.fill(group["lr"])
+                    group["lr"] = rate.tensor
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.output = self.step(*self.inputs)
+        finally:
+            for group, rate in zip(groups, rates):
+                group["lr"] = rate
+        self.graph = graph
+
+    def give_up(self, why: str) -> None:
+        self.recordable, self.graph = False, None
+        self.say(f"graph    left out, every step is launched anew: {why}")
+
+
+class Rate:
+    """A learning rate on the device, and what it is, on the host."""
+
+    def __init__(self, device: torch.device):
+        self.tensor, self.host = torch.zeros((), device=device), None
+
+    def fill(self, value: float) -> None:
+        self.host = value
+        self.tensor.fill_(value)
+
+
+def make_capturable(optimizer: torch.optim.Optimizer) -> list[Rate | None]:
+    """Has an optimizer count its steps on the GPU, if it counts them (Adam does, SGD does not).
+    Gives a rate on the device for each group of an optimizer that takes them, otherwise None."""
+    takes_tensors = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    rates = []
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = True
+        device = group["params"][0].device
+        rates.append(Rate(device) if takes_tensors else None)
+    return rates
+
+
+def own_function(step: Callable) -> Callable:
+    """The function inside functools.partial."""
+    while isinstance(step, functools.partial):
+        step = step.func
+    return step
+
+
+def read_by(step: Callable) -> Iterator[tuple[str, object]]:
+    """The names of its module that a step reads, itself and in other functions of that module that
+    it names, with what they stand for."""
+    module, unread, seen = own_function(step).__module__, [own_function(step)], set()
+    while unread:
+        function = unread.pop()
+        if function in seen or not hasattr(function, "__code__"):
+            continue
+        seen.add(function)
+        for name in function.__code__.co_names:
+            value = function.__globals__.get(name)
+            yield name, value
+            if getattr(own_function(value), "__module__", None) == module:
+                unread.append(own_function(value))
+
+
+def numbers_of(step: Callable) -> list[tuple[str, object]]:
+    """The numbers and words that a step reads from its module."""
+    return [(name, value) for name, value in read_by(step) if isinstance(value, (float, int, str))]
+
+
+def random_states(step: Callable) -> list[str]:
+    """How far the CPU's random number generators are: the global ones of Python, NumPy and torch,
+    and those that the step reads from its module."""
+    states = [random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state().tolist()]
+    for _, value in read_by(step):
+        if isinstance(value, np.random.Generator):
+            states.append(value.bit_generator.state)
+        if isinstance(value, random.Random):
+            states.append(value.getstate())
+        if isinstance(value, torch.Generator):
+            states.append(value.get_state().tolist())
+    return [repr(state) for state in states]

@@ -21,8 +21,8 @@ import torch
 from PIL import Image, features
 
 from data import Images, UserError, open_lazily, open_picture, stratified_subset
+from plumbing.cli import progress, wipe_line
 from plumbing.machine import free_memory
-from plumbing.terminal import progress
 
 BILINEAR = Image.Resampling.BILINEAR  # what torchvision resizes with unless told otherwise
 # The usual names of each split's folder, in whatever case.
@@ -54,11 +54,12 @@ def folder(
     image_size: int,
     classes: tuple[str, ...] | None = None,
     test_share: float | None = None,
+    test_seed: int = 0,
     size: Sequence[int] | None = None,
 ) -> Images:
-    """One split of the pictures in `root`. test_share: take this share of each class for the
-    test, the same pictures every time, where there is no test folder. size: (height, width) that
-    the training pictures have in memory, for the test pictures to have it too.
+    """One split of the pictures in `root`: "train", "val" or "test". test_share: take this share of
+    each class for the test, drawn by test_seed, where there is no test folder. size: (height,
+    width) that the training pictures have in memory, for the others to have it too.
 
     Otherwise kept as they are when all are one size no larger than image_size, else resized to
     [image_size, image_size], as torchvision's Resize does to PIL images. Raises UserError.
@@ -71,7 +72,7 @@ def folder(
     labels = torch.tensor([classes.index(class_name(file.parent)) for file in files])
     chosen = torch.arange(len(files))
     if test_share:
-        chosen = share(labels, names, split, test_share)
+        chosen = share(labels, names, split, test_share, test_seed)
         files = [files[i] for i in chosen]
     if not size:
         size = size_in_memory(files, image_size)
@@ -84,25 +85,21 @@ def folder(
 def split_folder(root: Path, split: str, test_share: float | None = None) -> Path:
     """Where a split's classes are: DIR/train, or any usual name of it. val/ is for the test where
     test/ is missing, or is a heap of pictures without classes. Raises UserError."""
-    there = [path for path in entries(root) if path.is_dir() and not is_system(path)]
-    found = {name: with_name(usual, there) for name, usual in SPLITS.items()}
+    found = split_folders(root)
     if test_share:
         if path := found["test"] or found["val"]:
             raise UserError(f"--test-share: the test pictures are in {path} already")
         return found["train"] or root
-    if split == "test" and found["val"]:
-        heap = found["test"]
-        if heap and any(path.is_dir() and not is_system(path) for path in entries(heap)):
-            say_once(f"test pictures from {heap}; {found['val']} is not looked at")
-            return heap
-        say_once(f"test pictures from {found['val']}")
-        if heap:
+    path = found[split]
+    if split == "test" and found["val"] and not has_val(root):
+        path = found["val"]
+        if heap := found["test"]:
             say_once(f"{heap} has no classes: evaluate.py --image {heap} names what is in it")
-        return found["val"]
-    if path := found[split]:
-        if split == "test":
-            say_once(f"test pictures from {path}")
+    if path:
+        if split != "train":
+            say_once(f"{'validation' if split == 'val' else split} pictures from {path}")
         return path
+    there = [path for path in entries(root) if path.is_dir() and not is_system(path)]
     usual = " or ".join(SPLITS[split] + SPLITS["val"] * (split == "test"))
     named = ", ".join(path.name for path in there[:NAMED]) or "no folders"
     raise UserError(
@@ -110,6 +107,20 @@ def split_folder(root: Path, split: str, test_share: float | None = None) -> Pat
         "DIR/train/<class>/* and DIR/test/<class>/*, with --data-dir DIR; --test-share 0.2 "
         "takes a fifth of DIR/<class>/* or DIR/train/<class>/* for the test"
     )
+
+
+def split_folders(root: Path) -> dict[str, Path | None]:
+    """The folder of each split, if there is one."""
+    there = [path for path in entries(root) if path.is_dir() and not is_system(path)]
+    return {name: with_name(usual, there) for name, usual in SPLITS.items()}
+
+
+def has_val(root: Path) -> bool:
+    """Whether there are pictures to validate on beside those to test on, both by class."""
+    found = split_folders(root)
+    if not found["val"] or not found["test"]:
+        return False
+    return any(path.is_dir() and not is_system(path) for path in entries(found["test"]))
 
 
 def with_name(names: tuple[str, ...], there: list[Path]) -> Path | None:
@@ -122,13 +133,13 @@ def with_name(names: tuple[str, ...], there: list[Path]) -> Path | None:
 
 
 def share(
-    labels: torch.Tensor, classes: tuple[str, ...], split: str, test_share: float
+    labels: torch.Tensor, classes: tuple[str, ...], split: str, test_share: float, seed: int
 ) -> torch.Tensor:
     """Which of the pictures are in a split, int64: a share of each class for the test, and the
-    rest for training. The same for every seed of a run, so that runs can be compared."""
+    rest for training. seed: --test-seed's, so that runs of all seeds can be compared."""
     numbers = Images(torch.arange(len(labels)), labels, classes)
     size = max(round(test_share * len(labels)), len(classes))
-    test = stratified_subset(numbers, size, seed=0).pixels
+    test = stratified_subset(numbers, size, seed).pixels
     if split == "test":
         print(f"test pictures: {size:,} of {len(labels):,}, the same share of each class, drawn")
         return test
@@ -249,7 +260,7 @@ def say_left_out(path: Path, left_out: Counter) -> None:
 
 @functools.cache
 def say_once(text: str) -> None:
-    progress()
+    wipe_line()
     print(text, flush=True)
 
 
@@ -260,8 +271,7 @@ def size_in_memory(files: list[Path], image_size: int) -> tuple[int, int]:
     """The (height, width) that all pictures share, if it is no larger than image_size; otherwise
     (image_size, image_size). Reads the files' headers alone."""
     shared = None
-    for number, file in enumerate(files, start=1):
-        progress(f"looking at pictures: {number:,} of {len(files):,}")
+    for file in progress(files, "looking at pictures"):
         try:
             with open_lazily(file) as image:
                 width, height = image.size
@@ -301,9 +311,8 @@ def decode(files: list[Path], size: Sequence[int]) -> np.ndarray:
             deep.append(picture.highest)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
-        for done, _ in enumerate(pool.map(decode_one, range(len(files))), start=1):
-            progress(f"reading pictures: {done:,} of {len(files):,}")
-    progress()
+        for _ in progress(pool.map(decode_one, range(len(files))), "reading pictures", len(files)):
+            pass
     if broken:
         more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
         raise UserError("; ".join(sorted(broken)[:NAMED]) + more)

@@ -1,14 +1,30 @@
-"""A run's settings, and its name, its row in a CSV file and its likeness to another from them."""
+"""A run's settings, from which come its name, its row in a CSV file, and what is the same run."""
 
+import ast
+import hashlib
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 import freeze
-from data import Images
-from plumbing import ranks, weights
+from plumbing import distributed
 from plumbing.files import fingerprint
+
+if TYPE_CHECKING:  # it imports torchvision, which takes seconds
+    from plumbing.datasets import Splits
+
+ROOT = Path(__file__).parent.parent
+# What stands for all pictures or weights, and not in a CSV file: there the names do.
+HASHES = {
+    "train_data": "training pictures",
+    "val_data": "validation pictures",
+    "test_data": "test pictures",
+    "initial_network": "initial weights",
+}
 
 
 @dataclass(frozen=True)
@@ -17,76 +33,179 @@ class Settings:
 
     dataset: str  # cifar10, cifar100, synthetic, or the name of a folder of pictures
     strategy: str  # what learns: fc, fc+layer4, fc+layer3+layer4, ...
+    tag: str  # the user's name for a variation of the recipe, or nothing
     model: str
     weights: str  # imagenet, none, or the name of a weights file
     train_size: int  # images to train on, the same share of every class; 0: all there are
+    val_share: float  # of the training images, to validate on
     image_size: int  # side of the square the network sees
     batch_size: int
     learning_rates: str  # fc=0.001 layer4=0.0001
+    schedule_epochs: int  # that the schedule is made for; 0: the rates are constant
     frozen_batchnorm: str  # eval, or train: the usual mistake
     precision: str  # bf16, fp16, fp32
     seed: int
+    test_seed: int  # of the pictures drawn for test and validation
+    ranks: int  # processes, each with batches of its own
     classes: tuple[str, ...]
     train_data: str  # sha256 of pixels and labels
+    val_data: str
     test_data: str
     initial_network: str  # sha256 of all its values
-    ranks: int = 1  # processes, each with batches of its own
+    code: dict[str, str]  # of the recipe: by file and name, sha256 of what it says
 
     @property
     def name(self) -> str:
         """The run's folder: cifar10-fc+layer4-bf16-s0, and what was not left at its default."""
-        name = f"{self.dataset}-{self.strategy}-{self.precision}-s{self.seed}"
+        name = f"{self.dataset}-{self.strategy}"
+        name += f"-{self.tag}" if self.tag else ""
+        name += f"-{self.precision}-s{self.seed}"
         name += f"-n{self.train_size}" if self.train_size else ""
+        name += f"-val{self.val_share:g}" if self.val_share else ""
+        name += f"-t{self.test_seed}" if self.test_seed else ""
         name += "-mistake" if self.frozen_batchnorm == "train" else ""
         name += f"-b{self.batch_size}" if self.batch_size != 128 else ""
         name += f"-r{self.ranks}" if self.ranks > 1 else ""
         name += f"-px{self.image_size}" if self.image_size != 224 else ""
+        name += f"-e{self.schedule_epochs}" if self.schedule_epochs else ""
         name += f"-{self.model}" if self.model != "resnet18" else ""
         name += f"-{self.weights}" if self.weights != "imagenet" else ""
-        published = strategy_rates(self.strategy, freeze.LEARNING_RATES).split()
+        published = rates_in_words(freeze.LEARNING_RATES).split()
         others = [rate for rate in self.learning_rates.split() if rate not in published]
         return "-".join([name, *others])
 
+    @property
+    def unfrozen(self) -> list[str]:
+        """The stages that learn, in the order they run."""
+        head, *backbone = self.strategy.split("+")
+        return [*backbone, head]
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each stage that learns."""
+        parts = [part.split("=") for part in self.learning_rates.split()]
+        return {stage: float(rate) for stage, rate in parts}
+
     def row(self) -> dict:
         """Its columns in a CSV file: all that tells runs apart; of the images, their number and
-        the data set's name stand for them."""
-        columns = asdict(self)
-        for name in ("classes", "train_data", "test_data", "initial_network", "train_size"):
+        the data set's name stand for them, and of the code one hash."""
+        columns = asdict(self) | {"code": code_hash(self.code)}
+        for name in ("classes", "train_size", *HASHES):
             del columns[name]
         return columns
 
 
-def strategy_of(stages: list[str]) -> str:
-    """fc+layer3+layer4: fc first, then the stages in the order they run."""
-    backbone = [name for name in freeze.STAGES if name in stages and name != "fc"]
-    return "+".join(["fc", *backbone])
-
-
-def strategy_rates(strategy: str, rates: dict[str, float]) -> str:
-    """fc=0.001 layer4=0.0001: the rate of each stage that has one."""
-    return " ".join(f"{name}={rates[name]:g}" for name in strategy.split("+") if name in rates)
-
-
-def settings_of(args: Namespace, train: Images, test: Images, model: nn.Module) -> Settings:
-    """The settings of the run that train.py's flags ask for. model: before any training."""
-    strategy, dataset = strategy_of(args.unfreeze), args.dataset
+def settings_of(
+    args: Namespace,
+    rates: dict[str, float],
+    precision: str,
+    images: "Splits",
+    model: nn.Module,
+    lengths: list[int],
+    schedule: Callable | None,
+    train_file: str,
+) -> Settings:
+    """The settings of the run that train.py's flags ask for. rates: of the stages that learn, in
+    the order they run; model: before any training; lengths: epochs asked for; schedule: train.py's;
+    train_file: where that is."""
+    strategy, dataset = strategy_of(rates), args.dataset
     if dataset == "folder":
         dataset = args.data_dir.name
     return Settings(
         dataset=dataset,
         strategy=strategy,
+        tag=args.tag,
         model=args.model,
-        weights=weights.name_of(args.weights),
+        weights=name_of_weights(args.weights),
         train_size=args.train_size or 0,
+        val_share=args.val_share or 0.0,
         image_size=args.image_size,
         batch_size=args.batch_size,
-        learning_rates=strategy_rates(strategy, args.rates),
+        learning_rates=rates_in_words({stage: rates[stage] for stage in strategy.split("+")}),
+        schedule_epochs=max(lengths) if schedule else 0,
         frozen_batchnorm=args.frozen_batchnorm,
-        precision=args.precision,
+        precision=precision,
         seed=args.seed,
-        classes=train.classes,
-        train_data=fingerprint(train.pixels, train.labels),
-        test_data=fingerprint(test.pixels, test.labels),
+        test_seed=args.test_seed,
+        ranks=distributed.world_size(),
+        classes=images.train.classes,
+        train_data=images.hashes["train"],
+        val_data=images.hashes.get("val", ""),
+        test_data=images.hashes["test"],
         initial_network=fingerprint(*model.state_dict().values()),
-        ranks=ranks.count(),
+        code=recipe_code(train_file),
     )
+
+
+def name_of_weights(weights: str) -> str:
+    """What to call them in a run's name: imagenet, none, the file's name without its ending, and
+    for a checkpoint of train.py the run's."""
+    path = Path(weights)
+    if (path.parent / "history.csv").exists():
+        return f"{path.parent.name}-{path.stem}"
+    return path.stem
+
+
+def strategy_of(rates: dict[str, float]) -> str:
+    """fc+layer3+layer4: the head first, then the other stages that learn in the order they run."""
+    *backbone, head = rates
+    return "+".join([head, *backbone])
+
+
+def rates_in_words(rates: dict[str, float]) -> str:
+    """fc=0.001 layer4=0.0001, to the last digit."""
+    return " ".join(f"{name}={float(rate)!r}" for name, rate in rates.items())
+
+
+# ---------------------------------------------------------------- a run's code
+
+
+def recipe_code(train_file: str) -> dict[str, str]:
+    """Of train.py, freeze.py, data.py and features.py, by file and top-level name, a hash of what
+    stands there: of the parsed source, without comments and docstrings, so that writing these
+    changes no run."""
+    found = {}
+    files = {"train": Path(train_file)}
+    files |= {room: ROOT / f"{room}.py" for room in ("freeze", "data", "features")}
+    for module, file in files.items():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                node.body = node.body[ast.get_docstring(node) is not None :] or [ast.Pass()]
+        for node in tree.body:
+            for name in names_of(node):
+                text = found.get(f"{module}.{name}", "") + syntax(node)
+                found[f"{module}.{name}"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return found
+
+
+def syntax(node: object) -> str:
+    """A parsed statement as text, the same under every Python: ast.dump and ast.unparse are not."""
+    if isinstance(node, list):
+        return f"[{' '.join(map(syntax, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [syntax(value) for _, value in ast.iter_fields(node) if value not in (None, [])]
+    return f"{type(node).__name__}({' '.join(fields)})"
+
+
+def names_of(node: ast.stmt) -> list[str]:
+    """What a statement at a module's top defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, ast.Assign):
+        inside = ast.walk(ast.Tuple(node.targets))
+        return [name.id for name in inside if isinstance(name, ast.Name)]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return ["the imports"]
+    return ["other lines"]
+
+
+def code_hash(code: dict[str, str]) -> str:
+    text = "".join(f"{name} {digest}\n" for name, digest in sorted(code.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def changed_names(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What differs between two versions of the code: train.LOSS, ..."""
+    return sorted(name for name in before.keys() | now if before.get(name) != now.get(name))

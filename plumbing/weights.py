@@ -1,24 +1,26 @@
 """Weights files: torchvision's own, downloaded once and checked, or anybody's.
 
 What people have is a state_dict wrapped in another dictionary, with a prefix before every key, with
-a head of its own or none. What is taken off is said in a line; fc is new in any case.
+a head of its own or none. What is taken off is said in a line.
 """
 
 import hashlib
 import re
+from argparse import Namespace
 from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from torchvision.models import get_model, get_model_weights
+from torch import nn
+from torchvision.models import get_model_weights
 
+import freeze
 from data import UserError
 from plumbing.datasets import download
 from plumbing.files import locked
 from plumbing.machine import memory_is_full
 
 WRAPPINGS = ("state_dict", "model", "model_state_dict", "model_state", "net", "weights")
-FIRST, SECOND = "conv1.weight", "layer1.0.conv1.weight"  # by which the prefix is found
 HDF5 = b"\x89HDF\r\n\x1a\n"  # how such a file begins
 FORMATS = {  # by the ending
     ".onnx": "ONNX: save the network that it was exported from",
@@ -32,11 +34,19 @@ NAMED = 5  # of many keys, how many are named
 State = dict[str, torch.Tensor]
 
 
-def load(weights: str, model: str) -> State | None:
-    """The backbone's state_dict to start from, without fc: "imagenet" (torchvision's
-    IMAGENET1K_V1), a path, or "none", which gives None. Raises UserError."""
+def pretrained(args: Namespace, classes: tuple[str, ...]) -> nn.Module:
+    """The network that train.py's flags ask for, with a last layer for these classes. Raises
+    UserError."""
+    state, keep_head = load(args.weights, args.model, classes)
+    return freeze.build(args.model, len(classes), state, args.seed, keep_head)
+
+
+def load(weights: str, model: str, classes: tuple[str, ...] = ()) -> tuple[State | None, bool]:
+    """The state_dict to start from: "imagenet" (torchvision's IMAGENET1K_V1), a path, or "none",
+    which gives None. And whether its last layer tells these classes apart, so that it is kept; it
+    does in a checkpoint of train.py with the same ones. Raises UserError."""
     if weights == "none":
-        return None
+        return None, False
     file = Path(weights)
     if weights == "imagenet":
         file = imagenet_file(model)
@@ -51,7 +61,14 @@ def load(weights: str, model: str) -> State | None:
         if memory_is_full(error):
             raise
         raise UserError(f"{file} {why_not_read(file, error)}") from error
-    return checked(backbone(content, file), file, model)
+    keep_head = False
+    if isinstance(content, dict) and isinstance(content.get("settings"), dict):  # train.py's
+        keep_head = tuple(content["settings"]["classes"]) == classes
+        kept = "kept: the classes are the same" if keep_head else "new: the classes are others"
+        print(f"weights  {file.name} of {file.parent.name}; its last layer is {kept}", flush=True)
+    network = freeze.untrained(model)
+    state = unwrapped(content, file, network)
+    return checked(state, file, model, network, keep_head), keep_head
 
 
 def why_not_read(file: Path, error: Exception) -> str:
@@ -72,18 +89,8 @@ def why_not_read(file: Path, error: Exception) -> str:
     return "is damaged, or no file of weights: save model.state_dict() with torch.save"
 
 
-def name_of(weights: str) -> str:
-    """What to call them in a run's name: imagenet, none, the file's name without its ending, and
-    for a checkpoint of train.py the run's."""
-    path = Path(weights)
-    if (path.parent / "history.csv").exists():
-        return f"{path.parent.name}-{path.stem}"
-    return path.stem
-
-
-def backbone(content: object, file: Path) -> State:
-    """The weights without what they are wrapped in, without prefix and without fc. Raises
-    UserError."""
+def unwrapped(content: object, file: Path, network: nn.Module) -> State:
+    """The weights without what they are wrapped in, and without a prefix. Raises UserError."""
     taken = []
     while isinstance(content, dict):
         inside = [name for name in WRAPPINGS if isinstance(content.get(name), dict)]
@@ -94,25 +101,27 @@ def backbone(content: object, file: Path) -> State:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no weights but a {type(content).__name__}")
     state = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
-    starts = [key.removesuffix(FIRST) for key in state if key.endswith(FIRST)]
-    prefixes = [start for start in starts if start + SECOND in state]
-    prefix = min(prefixes, key=len, default="")
+    keys = [key for key in network.state_dict() if key.endswith("weight")]
+    first, second = keys[0], keys[len(keys) // 2]  # by which the prefix is found
+    starts = [key.removesuffix(first) for key in state if key.endswith(first)]
+    prefix = min((start for start in starts if start + second in state), key=len, default="")
     if prefix:
         taken.append(f"the prefix {prefix}")
     if taken:
         print(f"weights  {file.name}: taken out of {', '.join(taken)}", flush=True)
-    inner = {key.removeprefix(prefix): value for key, value in state.items()}
-    return {key: value for key, value in inner.items() if not key.startswith("fc.")}
+    return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
-def checked(state: State, file: Path, model: str) -> State:
-    """What fits the model, key by key. Raises UserError naming what is missing or of another
+def checked(state: State, file: Path, model: str, network: nn.Module, keep_head: bool) -> State:
+    """What fits the network, key by key. Raises UserError naming what is missing or of another
     shape, and values that are no numbers; says what is left over."""
-    wanted = get_model(model, weights=None).state_dict()
+    wanted, head = network.state_dict(), f"{freeze.last_layer(network)}."
     for key in wanted:
         if key.endswith("num_batches_tracked"):  # not in files from before PyTorch 0.4.1
             state.setdefault(key, wanted[key])
-    wanted = {key: value for key, value in wanted.items() if not key.startswith("fc.")}
+    kept = {key: value for key, value in state.items() if keep_head and key.startswith(head)}
+    state = {key: value for key, value in state.items() if not key.startswith(head)}
+    wanted = {key: value for key, value in wanted.items() if not key.startswith(head)}
     missing = [key for key in wanted if key not in state]
     if missing:
         raise UserError(f"{file} is no {model}: it lacks {some(missing)}")
@@ -128,7 +137,7 @@ def checked(state: State, file: Path, model: str) -> State:
         raise UserError(f"{file} is no {model}: it has {some(more)} besides; try another --model")
     if left_over:
         print(f"weights  {file.name}: not used: {some(left_over)}", flush=True)
-    return {key: state[key] for key in wanted}
+    return {key: state[key] for key in wanted} | kept
 
 
 def some(keys: list[str]) -> str:

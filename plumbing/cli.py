@@ -1,0 +1,188 @@
+"""How a command begins, what it shows while it works, and how it ends.
+
+    parser = Parser(__doc__)                      # help is the module's docstring
+    for batch in progress(batches, "training", len(batches)): ...
+    if __name__ == "__main__":
+        command(main, "go on with --resume", "lower --batch-size")     # a script's last line
+
+What the user can put right ends in one line. What nobody outside can ends in a traceback.
+"""
+
+import argparse
+import contextlib
+import errno
+import glob
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from data import UserError
+from plumbing.machine import memory_is_full
+
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+INTERVAL_SECONDS = {True: 0.1, False: 60}  # between two lines of progress: on a terminal, elsewhere
+Item = TypeVar("Item")
+
+
+# ---------------------------------------------------------------- how it begins
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags in full, and the module's docstring as it stands in place of a usage line."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            usage=argparse.SUPPRESS,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+
+def whole_number(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
+    """An argparse type: an integer within these bounds."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not minimum <= int(text) <= maximum:
+            bounds = f"a whole number from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def output(text: str) -> Path:
+    """An argparse type: a file or folder to write to."""
+    return Path(text).expanduser()
+
+
+def paths(texts: list[str]) -> list[str]:
+    """Files by name: ~ and patterns such as results/*/epoch10.pt are spelled out where the shell
+    has not done it."""
+    found = []
+    for text in texts:
+        text = os.path.expanduser(text)
+        matching = [] if os.path.exists(text) else sorted(glob.glob(text))
+        found += matching or [text]
+    return found
+
+
+# ---------------------------------------------------------------- what it shows
+
+last_shown = time.monotonic()  # when show_line last wrote
+
+
+def progress(
+    items: Iterable[Item], text: str, total: int | None = None, repeats: int = 0
+) -> Iterator[Item]:
+    """The items as they are, and in a line that stays in place how many of them are done, and how
+    long it will still take. total: how many there are, if they have no len; repeats: how often
+    as many will be gone through again, in later epochs."""
+    total = len(items) if total is None else total
+    start = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        rate = done / max(time.monotonic() - start, 1e-9)
+        left = (total * (1 + repeats) - done) / rate
+        show_line(f"{text}: {done:,} of {total:,}, {rate:,.0f} a second, {left / 60:.0f} min left")
+    wipe_line()
+
+
+def show_line(text: str) -> None:
+    """A line in place on a terminal, ten times a second at most; elsewhere one line a minute."""
+    global last_shown
+    now, terminal = time.monotonic(), sys.stdout.isatty()
+    if now - last_shown < INTERVAL_SECONDS[terminal]:
+        return
+    last_shown = now
+    if not terminal:
+        print(text, flush=True)
+        return
+    width = shutil.get_terminal_size().columns - 1
+    print(f"\r{text[:width]:{width}}", end="", flush=True)
+
+
+def wipe_line() -> None:
+    """Makes room on a terminal for a line that stays."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{'':{width}}\r", end="", flush=True)
+
+
+# ---------------------------------------------------------------- how it ends
+
+
+def command(main: Callable[[], None], when_stopped: str, when_full: str) -> None:
+    """Run a script so that it ends with one line where the user can put something right: Ctrl-C
+    with status 130, SIGTERM with 143; a UserError with 2; a disk or a memory that is full, and
+    a loss that is not finite, with 1. Any other error is a traceback."""
+
+    def terminate(*_) -> None:
+        raise KeyboardInterrupt(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, terminate)
+    sys.stdout, sys.stderr = UnfailingStream(sys.stdout), UnfailingStream(sys.stderr)
+    try:
+        return main()
+    except KeyboardInterrupt as stop:
+        status, line = 130, f"stopped; {when_stopped}"
+        if stop.args:
+            status = stop.args[0]
+    except Exception as error:
+        status, line = outcome(error, when_full)
+        if status is None:
+            raise
+    wipe_line()
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def outcome(error: Exception, when_full: str) -> tuple[int | None, str]:
+    """The exit status and the line for an error; None for one that nobody but us can put right."""
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    if isinstance(cause, OSError) and cause.errno in DISK_IS_FULL:
+        return 1, f"error: {error}"
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    if isinstance(error, PermissionError) and error.filename:
+        return 2, f"error: cannot open {error.filename} ({error.strerror})"
+    if isinstance(error, FloatingPointError):
+        return 1, f"error: {error}"
+    if memory_is_full(error):
+        return 1, f"error: the memory is full: {when_full}"
+    return None, ""
+
+
+class UnfailingStream:
+    """A stream to print to, which never ends a command: what it cannot spell is escaped, and when
+    nothing can be written any more, as after `| head -1` or when the terminal has gone, nothing is.
+    stream: None where there was never one."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+        with contextlib.suppress(AttributeError):  # of a notebook
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            return self.give_up()
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.give_up()
+
+    def give_up(self) -> int:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)

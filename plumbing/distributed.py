@@ -1,0 +1,169 @@
+"""Several processes that train one run, each on a GPU of its own, by torch.distributed.
+
+    torchrun --nproc-per-node 2 train.py --unfreeze layer4
+
+Rank r of N holds the images i with i % N == r, and their features: the cache grows with the ranks.
+Gradients are averaged by DistributedDataParallel, an image counting the same in each batch. Where
+there is one process, every function here gives back what it was given.
+"""
+
+import os
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data import Images, UserError
+from plumbing.machine import pick_device
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def init(name: str) -> torch.device:
+    """Join the processes that torchrun has started, if it has: rank 0 alone prints from now on.
+    name: what --device says. Returns this process's device. Raises UserError."""
+    if "LOCAL_RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        return pick_device(name)
+    if name not in ("auto", "cuda", "cpu"):
+        raise UserError(f"--device {name} is for one process: torchrun gives each its own GPU")
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if name != "cpu" and gpus:
+        if local >= gpus:
+            raise UserError(f"--nproc-per-node asks for more processes than there are GPUs, {gpus}")
+        torch.cuda.set_device(local)
+    device = pick_device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+    return device
+
+
+def destroy() -> None:
+    """At the end of a run that went well: after an error NCCL would wait here for the others."""
+    if world_size() > 1:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- what a rank has
+
+
+def local_rows(values: torch.Tensor) -> torch.Tensor:
+    """Of something that all images have, [images, ...], what this rank's images have."""
+    if world_size() == 1:
+        return values
+    return values[rank() :: world_size()].clone()
+
+
+def local_epoch(
+    order: torch.Tensor, flips: torch.Tensor, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor, int | list[int]]:
+    """Of an epoch's order, int64 [images], and its flips, bool [images], this rank's, with its
+    images counted from 0; and how many images its batches have."""
+    if world_size() == 1:
+        return order, flips, batch_size
+    own = order[order % world_size() == rank()] // world_size()
+    return own, local_rows(flips), batch_sizes(len(order), batch_size)
+
+
+def batch_sizes(images: int, batch_size: int) -> list[int]:
+    """Every rank has as many batches: one image more than the others have is in the last one."""
+    own = len(range(rank(), images, world_size()))
+    last = smallest_batch(images, batch_size) + own - images // world_size()
+    return [batch_size] * ((own - last) // batch_size) + [last]
+
+
+def smallest_batch(images: int, batch_size: int) -> int:
+    """How many images the smallest batch of any rank has."""
+    fewest = images // world_size()  # of a rank
+    return fewest - batch_size * (-(-fewest // batch_size) - 1)
+
+
+# ---------------------------------------------------------------- what ranks tell each other
+
+
+def broadcast(value: object) -> object:
+    """What rank 0 has, on all ranks."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def all_reduce_mean(values: dict[str, float], images: int) -> dict[str, float]:
+    """Means over this rank's images become means over all ranks' images."""
+    if world_size() == 1:
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sums = [value * images for value in values.values()]
+    box = torch.tensor([*sums, images], dtype=torch.float64, device=device)
+    dist.all_reduce(box)
+    *sums, total = box.tolist()
+    return {name: one / total for name, one in zip(values, sums)}
+
+
+def all_gather(rows: torch.Tensor, total: int) -> torch.Tensor:
+    """This rank's rows, [its images, ...], with those of the others in the order of all `total`
+    images."""
+    if world_size() == 1:
+        return rows
+    padded = rows.new_zeros((-(-total // world_size()), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
+
+def average_batchnorm(model: nn.Module) -> None:
+    """Before a test: every BatchNorm in train mode takes the mean of the ranks' running
+    statistics."""
+    if world_size() == 1:
+        return
+    for module in model.modules():
+        if module.training and getattr(module, "running_mean", None) is not None:
+            for running in (module.running_mean, module.running_var):
+                dist.all_reduce(running)
+                running /= world_size()
+
+
+def ddp(tail: nn.Module) -> nn.Module:
+    """A tail that learns from all ranks' batches as from one."""
+    return tail if world_size() == 1 else DistributedTail(tail)
+
+
+class DistributedTail(nn.Module):
+    """A tail whose gradients are those of all ranks' batches as one, through
+    DistributedDataParallel, which takes the mean of the ranks' gradients: a rank's counts by the
+    images of its batch. BatchNorm sees its own rank's batch."""
+
+    def __init__(self, tail: nn.Module):
+        super().__init__()
+        self.tail = tail
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.14
+        self.synchronized = DistributedDataParallel(tail, broadcast_buffers=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return self.tail(x)
+        logits = self.synchronized(x)
+        images = torch.tensor(len(x), dtype=torch.float64, device=x.device)
+        dist.all_reduce(images)
+        weight = len(x) * world_size() / images
+        logits.register_hook(lambda gradient: gradient * weight.to(gradient.dtype))
+        return logits
+
+
+def shard(images: Images) -> Images:
+    """All labels, and this rank's pixels."""
+    return images._replace(pixels=local_rows(images.pixels))
