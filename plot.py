@@ -20,7 +20,7 @@ os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook leaves anot
 import matplotlib
 import numpy as np
 from matplotlib import font_manager, pyplot
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from plumbing.cli import Parser, UserError, command
 
@@ -81,8 +81,10 @@ def parsed(row: dict, lines: list[dict]) -> dict:
     lines = lines[: run["epochs"]]
     if len(lines) < run["epochs"]:
         raise ValueError(f"{len(lines)} epochs where the summary has {run['epochs']}")
-    history = {name: [float(line[name]) for line in lines] for name in lines[0]}
-    run["history"] = {name: np.array(values) for name, values in history.items()}
+    run["history"] = {}
+    for name in lines[0]:
+        numbers = [float(line[name] or "nan") for line in lines]  # blank where there was none
+        run["history"][name] = np.array(numbers)
     run["label"] = label(row)
     return run
 
@@ -92,6 +94,8 @@ def label(row: dict[str, str]) -> str:
     name = row["strategy"]
     if name.count("+") == 5:
         name = "everything"
+    if row.get("tag"):
+        name += f" {row['tag']}"
     if row["frozen_batchnorm"] == "train":
         name += ", usual mistake"
     others = [rate for rate in row["learning_rates"].split() if rate not in PUBLISHED_RATES]
@@ -145,7 +149,8 @@ def curves(runs: list[dict], title: str) -> "pyplot.Figure":
     band."""
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     longest = {label: group for (label, _), group in by(runs, "label", "epochs").items()}
-    columns = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    split = "val" if "val_loss" in runs[0]["history"] else "test"
+    columns = ("train_loss", f"{split}_loss", "train_accuracy", f"{split}_accuracy")
     for axis, column in zip(axes.flat, columns):
         for label, group in longest.items():
             draw_curve(axis, label, group, column)
@@ -195,63 +200,6 @@ def table(runs: list[dict], title: str) -> "pyplot.Figure":
     axis.set(xlabel="test accuracy")
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
-def sweep(runs: list[dict], column: str, name: str) -> "pyplot.Figure | None":
-    """Accuracy by a number that was varied, all else equal: in the runs of that length and those
-    other settings of which there are most kinds."""
-    rest = [size for size in SIZES if size != column]
-    groups = by(runs, "epochs", *rest).values()
-    runs = max(groups, key=lambda group: (len(by(group, "label", column)), -group[0]["epochs"]))
-    ticks = sorted({run[column] for run in runs})
-    if len(ticks) == 1:
-        return None
-    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    for (label, epochs), group in by(runs, "label", "epochs").items():
-        seeds = [[run["test_accuracy"] for run in some] for some in by(group, column).values()]
-        mean = np.array([np.mean(values) for values in seeds])
-        low = mean - [min(values) for values in seeds]
-        high = [max(values) for values in seeds] - mean
-        places = sorted({run[column] for run in group})
-        text = f"{label}, {epochs} epochs"
-        axis.errorbar(places, mean, yerr=(low, high), capsize=3, label=text, **group[0]["style"])
-    axis.set_xscale("log")
-    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axis.minorticks_off()
-    axis.set(xlabel=name, ylabel="test accuracy")
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    axis.legend()
-    return figure
-
-
-def drift(runs: list[dict]) -> "pyplot.Figure | None":
-    """How far the weights have moved from the pretrained ones, by epoch: a line per stage and
-    rate, of the longest run on most and largest images."""
-    lines = {}
-    for run in sorted(runs, key=lambda run: (*map(run.get, SIZES), run["epochs"], -run["seed"])):
-        rates = dict(part.split("=") for part in run["learning_rates"].split())
-        for column in run["history"]:
-            stage = column.removesuffix("_drift")
-            if stage != column:
-                lines[stage, float(rates[stage]), run["label"].split(" (")[0]] = run, column
-    if not lines:
-        return None
-    figure, axis = pyplot.subplots(figsize=(9, 5 + 0.2 * len(lines)), layout="constrained")
-    for number, (name, (run, column)) in enumerate(sorted(lines.items(), key=lambda kv: kv[0])):
-        stage, rate, label = name
-        style = {"color": f"C{number}", "marker": "os^vD*XP"[number % 8], "markersize": 5}
-        style |= {"linestyle": ("-", "--", ":", "-.")[number % 4]}
-        style |= {"markevery": run["epochs"] // 10 or 1}
-        text = f"{stage} at {rate:g}, {label}, {run['train_images']:,} images"
-        axis.plot(run["history"]["epoch"], run["history"][column], label=text, **style)
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(lambda distance, _: f"{100 * distance:g}%")
-    axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axis.set(xlabel="epoch", ylabel="‖weights − pretrained‖ / ‖pretrained‖")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return figure
 
 
@@ -320,18 +268,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def draw_kind(folder: Path, prefix: str, runs: list[dict]) -> None:
-    """Curves and table of the runs on most and largest images, and what varying these does."""
+    """Curves and table of the runs on most and largest images."""
     groups = by(runs, *SIZES)
     largest = groups[max(groups)]
     title = f"{largest[0]['train_images']:,} training images, {largest[0]['image_size']} pixels"
     save(folder / f"{prefix}curves.png", curves, largest, title)
     save(folder / f"{prefix}table.png", table, largest, title)
-    save(folder / f"{prefix}sizes.png", sweep, runs, "train_images", "training images")
-    save(folder / f"{prefix}pixels.png", sweep, runs, "image_size", "pixels a side")
-    save(folder / f"{prefix}drift.png", drift, runs)
     if others := len(runs) - len(largest):
-        where = "in sizes, pixels and drift as far as they compare"
-        print(f"runs of other sizes: {others}, {where}")
+        print(f"not drawn: {others} runs on fewer or smaller images")
 
 
 def save(file: Path, draw: Callable, what: list[dict] | Path, *more) -> None:

@@ -131,9 +131,9 @@ def load(
     classes, by whose order to number the labels; size, (height, width), to resize to. test_share,
     test_seed: of a folder without test pictures. Raises UserError."""
     if name == "synthetic":
-        return synthetic.synthetic(split)
+        return synthetic.load(split)
     if name == "synthetic-other":
-        return synthetic.synthetic_other(split)
+        return synthetic.load_other(split)
     if name == "folder":
         shared = test_share, test_seed
         return pictures.folder(data_dir, split, image_size, classes, *shared, size)

@@ -12,7 +12,7 @@ from data import Images
 COUNT = {"train": 2000, "test": 500}
 
 
-def synthetic(split: str) -> Images:
+def load(split: str) -> Images:
     """uint8 [2000 train or 500 test, 32, 32, 3], the same every time.
 
     Ten balanced classes; position, size, tilt, contrast, colours and noise are random, so
@@ -22,7 +22,7 @@ def synthetic(split: str) -> Images:
     return painted(generator, shapes(*places(generator, COUNT[split])))
 
 
-def synthetic_other(split: str) -> Images:
+def load_other(split: str) -> Images:
     """As many of ten other classes."""
     generator = np.random.default_rng([1, split == "test"])
     return painted(generator, other_shapes(*places(generator, COUNT[split])))

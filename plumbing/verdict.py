@@ -3,8 +3,10 @@
     for line in verdict(rows, checkpoints):
         print(line)
 
-Runs are compared that differ in what learns, in its rates and in the seed, and in nothing else, at
-one length. From the simplest strategy on, each is compared with the best so far, image by image.
+Runs are compared that differ in what learns, in its rates, in the recipe's code if they have a tag
+and in the seed, and in nothing else, at one length. From the simplest strategy on, each is compared
+with the best so far, image by image: on the validation pictures, if there are any, and on the test
+pictures otherwise.
 """
 
 import math
@@ -16,7 +18,7 @@ from statistics import mean, stdev, variance
 import torch
 
 CLEAR = 0.05  # how probable a difference may be by chance, and still be called more than chance
-VARIED = ("strategy", "learning_rates", "seed", "initial_network", "train_data")
+VARIED = ("strategy", "learning_rates", "tag", "code", "schedule_epochs")
 
 SINGLE_RUNS = (
     "these are single runs, and p counts how far they wander from epoch to epoch: "
@@ -26,7 +28,7 @@ SHORT_SINGLE_RUNS = (
     "these are single runs, too short to see how far they wander, and p counts the choice of test "
     'pictures alone: SEEDS="0 1 2" bash run_all.sh tells whether others agree'
 )
-BY_SEED = ("seed", "initial_network", "train_data")  # what another seed changes in the settings
+BY_SEED = ("seed", "initial_network", "train_data", "val_data")  # what another seed changes
 
 Runs = Sequence[tuple[dict, dict]]  # rows of summary.csv, each with its checkpoint
 
@@ -53,12 +55,12 @@ def mcnemar(only: int, only_other: int) -> float:
     return min(1.0, 2 * at_most / 2**count)
 
 
-def wander(history: Sequence[dict]) -> tuple[float, int] | None:
-    """How far a run wanders from epoch to epoch: the variance of its test accuracy over the second
-    half of its epochs, the last ten at most, and its degrees of freedom; None for under 6."""
+def wander(history: Sequence[dict], split: str = "test") -> tuple[float, int] | None:
+    """How far a run wanders from epoch to epoch: the variance of its accuracy over the second half
+    of its epochs, the last ten at most, and its degrees of freedom; None for under 6 epochs."""
     if len(history) < 6:
         return None
-    last = [row["test_accuracy"] for row in history[-min(len(history) // 2, 10) :]]
+    last = [row[f"{split}_accuracy"] for row in history[-min(len(history) // 2, 10) :]]
     return variance(last), len(last) - 1
 
 
@@ -124,11 +126,13 @@ class Candidate:
     def __init__(self, name: str, runs: Runs):
         runs = sorted(runs, key=lambda run: run[0]["seed"])
         self.name, self.row = name, runs[0][0]
+        self.split = "val" if "val_correct" in runs[0][1] else "test"  # to be chosen on
         self.guessing = 1 / len(runs[0][1]["settings"]["classes"])
         self.seeds = [row["seed"] for row, _ in runs]
-        self.correct = [saved["test_correct"] for _, saved in runs]
-        self.wander = wander(runs[0][1]["history"])
-        self.accuracy = mean(row["test_accuracy"] for row, _ in runs)
+        self.correct = [saved[f"{self.split}_correct"] for _, saved in runs]
+        self.wander = wander(runs[0][1]["history"], self.split)
+        self.accuracy = mean(row[f"{self.split}_accuracy"] for row, _ in runs)
+        self.test_accuracy = mean(row["test_accuracy"] for row, _ in runs)
         self.seconds = mean(row["seconds"] for row, _ in runs)
         self.devices = {row["device"] for row, _ in runs}
 
@@ -136,10 +140,17 @@ class Candidate:
 def comparable(runs: Runs) -> tuple[list[Candidate], list[str]]:
     """The strategies among runs that differ in nothing else, those with the fewest parameters to
     learn first, at the length that most of them have, the longest of these, with the seeds that
-    all of these have; and the names of the strategies without."""
-    strategies = {}
+    all of these have; and the names of what is left out: strategies without them, and runs of other
+    code than most runs without a tag, or with the same tag, were made by."""
+    codes = {}
+    for row, _ in runs:
+        codes.setdefault(row["tag"], Counter())[row["code"]] += 1
+    strategies, without = {}, []
     for row, saved in runs:
-        key = row["trainable_parameters"], row["strategy"], row["learning_rates"]
+        if row["code"] != codes[row["tag"]].most_common(1)[0][0]:
+            without.append(f"{row['run']} of other code")
+            continue
+        key = row["trainable_parameters"], row["strategy"], row["learning_rates"], row["tag"]
         begun = saved["settings"]["train_data"], saved["settings"]["initial_network"]
         found = strategies.setdefault(key, {}).setdefault(row["epochs"], {})
         found[(row["seed"], *begun)] = row, saved
@@ -147,29 +158,32 @@ def comparable(runs: Runs) -> tuple[list[Candidate], list[str]]:
     epochs = max(have, key=lambda length: (have[length], length))
     there = {key: lengths[epochs] for key, lengths in strategies.items() if epochs in lengths}
     shared = set.intersection(*map(set, there.values()))
-    rates = Counter(strategy for _, strategy, _ in strategies)
-    candidates, without = [], []
+    rates = Counter((strategy, tag) for _, strategy, _, tag in strategies)
+    candidates = []
     for key in sorted(strategies):
-        _, name, learning_rates = key
-        if rates[name] > 1:
+        _, strategy, learning_rates, tag = key
+        name = f"{strategy} {tag}".strip()
+        if rates[strategy, tag] > 1:
             name = f"{name} at {learning_rates}"
         if key in there and shared:
             candidates.append(Candidate(name, [there[key][one] for one in shared]))
         else:
-            without.append(name)
+            seeds = ", ".join(str(seed) for seed, *_ in sorted(shared))
+            without.append(f"{name}, without {epochs} epochs of seed {seeds}")
     return candidates, without
 
 
 def spreads(rows: Sequence[dict], checkpoints: Sequence[dict]) -> Iterator[str]:
-    """A line for each run that was repeated with other seeds: the mean of the test accuracies and
-    their standard deviation."""
+    """A line for each run that was repeated with other seeds: the mean of the accuracies and their
+    standard deviation."""
     groups = {}
     for row, saved in zip(rows, checkpoints):
         alike = [item for item in saved["settings"].items() if item[0] not in BY_SEED]
         groups.setdefault((repr(alike), row["epochs"]), []).append(row)
     for (_, epochs), group in groups.items():
         if len({row["seed"] for row in group}) > 1:
-            accuracies = [row["test_accuracy"] for row in group]
+            split = "val" if "val_accuracy" in group[0] else "test"
+            accuracies = [row[f"{split}_accuracy"] for row in group]
             seeds = " ".join(str(row["seed"]) for row in group)
             run = group[0]["run"].replace(f"-s{group[0]['seed']}", "", 1)
             yield (
@@ -182,15 +196,16 @@ def verdict(rows: Sequence[dict], checkpoints: Sequence[dict]) -> Iterator[str]:
     """Lines of at most 80 columns; none where no two strategies can be compared."""
     groups = {}
     for row, saved in zip(rows, checkpoints):
-        settings = {"ranks": 1} | saved["settings"]  # of a time when there was no other number
-        alike = sorted((name, value) for name, value in settings.items() if name not in VARIED)
-        groups.setdefault(repr(alike), []).append((row, saved))
+        skipped = (*VARIED, *BY_SEED)
+        alike = [item for item in saved["settings"].items() if item[0] not in skipped]
+        groups.setdefault(repr(sorted(alike)), []).append((row, saved))
     for runs in groups.values():
         candidates, without = comparable(runs)
         if len(candidates) < 2:
             continue
         indent = "\nverdict  "
-        for sentence in [*sentences(candidates), *left_out(candidates, without)]:
+        left_out = [f"left out: {'; '.join(dict.fromkeys(without))}"] if without else []
+        for sentence in [*sentences(candidates), *left_out]:
             yield from textwrap.wrap(
                 sentence, 80, initial_indent=indent, subsequent_indent=" " * 11
             )
@@ -200,11 +215,12 @@ def verdict(rows: Sequence[dict], checkpoints: Sequence[dict]) -> Iterator[str]:
 def sentences(candidates: Sequence[Candidate]) -> Iterator[str]:
     """What was compared; each with the best before it; and which one to take."""
     best, *others = candidates
-    row, no_better = best.row, []
-    seeds = ", ".join(map(str, best.seeds))
+    row, validated, no_better = best.row, best.split == "val", []
+    seeds, chosen_on = ", ".join(map(str, best.seeds)), len(best.correct[0])
+    kind = "validation pictures" if validated else "others"
     yield (
-        f"{row['epochs']} epochs on {row['train_images']:,} pictures of {row['dataset']}, tested "
-        f"on {row['test_images']:,} others ({row['image_size']} pixels, batches of "
+        f"{row['epochs']} epochs on {row['train_images']:,} pictures of {row['dataset']}, compared "
+        f"on {chosen_on:,} {kind} ({row['image_size']} pixels, batches of "
         f"{row['batch_size']}, weights {row['weights']}); seed {seeds}"
     )
     for candidate in others:
@@ -223,14 +239,13 @@ def sentences(candidates: Sequence[Candidate]) -> Iterator[str]:
         yield f"{' and '.join(no_better)}: not clearly better here"
     if len(best.seeds) == 1:
         yield SINGLE_RUNS if best.wander else SHORT_SINGLE_RUNS
-    yield "these test pictures were used to choose: of new ones expect a little less"
-
-
-def left_out(candidates: Sequence[Candidate], without: Sequence[str]) -> list[str]:
-    if not without:
-        return []
-    epochs, seeds = candidates[0].row["epochs"], ", ".join(map(str, candidates[0].seeds))
-    return [f"left out: {' and '.join(without)}, without {epochs} epochs of seed {seeds}"]
+    if validated:
+        yield (
+            f"chosen on {chosen_on:,} validation pictures; on {row['test_images']:,} test "
+            f"pictures, looked at once: {best.test_accuracy:.2%} right"
+        )
+    else:
+        yield "these test pictures were used to choose: of new ones expect a little less"
 
 
 def likelihood(chance: float) -> str:

@@ -41,10 +41,11 @@ import data
 import freeze
 import train
 from data import UserError
-from plumbing import datasets, flags, machine, terminal, weights
-from plumbing.command import Parser, command, whole_number
+from plumbing import datasets, flags, machine, weights
+from plumbing.checkpoint import read_checkpoint
+from plumbing.cli import Parser, command, show_line, whole_number, wipe_line
 from plumbing.files import check_writable, write_csv
-from plumbing.runs import RARELY, read_checkpoint
+from plumbing.run import CHECKPOINT_INTERVAL
 from study import textbook
 
 STRATEGIES = ("fc", "fc+layer4", "fc+layer3+layer4")
@@ -67,8 +68,7 @@ def run_textbook(root: Path, strategy: str, args: Namespace, tuned: bool) -> dic
         amp = machine.PRECISIONS[precision]
     count = sum(1 for _ in (root / "train").glob("*/*.png"))
     classes = len(list((root / "train").iterdir()))
-    state = weights.load(args.weights, args.model)
-    model = freeze.build(args.model, classes, state, args.seed)
+    model = weights.pretrained(args, tuple(range(classes)))
     if not tuned:
         model = model.to(memory_format=torch.contiguous_format)
     rates = {stage: freeze.LEARNING_RATES[stage] for stage in strategy.split("+")}
@@ -89,7 +89,7 @@ def run_ours(root: Path, strategy: str, args: Namespace, cache: str) -> dict:
         train.main([str(word) for word in words])
     file = max(out.glob(f"*-{strategy}-*/epoch{args.measured}.pt"), key=os.path.getmtime)
     saved = read_checkpoint(file)
-    fill = saved["facts"]["fill_seconds"]
+    fill = saved["metadata"]["fill_seconds"]
     if cache == "off":
         fill = 0.0
     result = figures(saved["history"], fill, machine.pick_device(args.device))
@@ -146,7 +146,9 @@ def row_of(strategy: str, variant: str, result: dict, sizes: tuple, full: tuple)
     epoch += result["eval_seconds"] * full[1] / sizes[1]
     row = {"strategy": strategy, "variant": variant} | result
     row["images_per_second"] = sizes[0] / result["seconds_per_epoch"]
-    epoch += min(writing, epoch / RARELY)  # a checkpoint, where epochs are long in every one
+    epoch += min(
+        writing, epoch / CHECKPOINT_INTERVAL
+    )  # a checkpoint, where epochs are long in every one
     for epochs in (10, 50):
         row[f"projected_{epochs}_epochs"] = start_up + fill + epochs * epoch
     return row
@@ -181,7 +183,7 @@ def work(strategy: str, image_size: int, model: str = "resnet18") -> tuple[int, 
     """FLOPs of the tail's training step and of the prefix, counted layer by layer as they run,
     and how many numbers lie between them; per image."""
     network = freeze.build(model, 10)
-    learns = [stage for stage in freeze.STAGES if stage in strategy.split("+")]
+    learns = [stage for stage in freeze.stage_names(model) if stage in strategy.split("+")]
     freeze.freeze(network, learns)
     prefix, tail = freeze.split(network, learns[0])
     with FlopCounterMode(display=False) as prefix_flops:
@@ -268,7 +270,7 @@ def parse(argv: list[str] | None) -> Namespace:
     defaults = flags.parse("", train.RECIPE, [])
     args = flags.parse(__doc__, train.RECIPE, rest)  # which refuses what it does not know
     for name, value in vars(args).items():
-        if name not in (*PASSED, "started") and value != getattr(defaults, name):
+        if name not in PASSED and value != getattr(defaults, name):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} is not for the benchmark: it compares the published settings")
     args.strategies, args.measured, args.csv = own.strategies, own.epochs, own.csv
@@ -298,7 +300,7 @@ def write_pictures(folder: Path, images: data.Images) -> None:
 
 
 def measure(variant: str, root: Path, strategy: str, args: Namespace) -> dict:
-    terminal.progress(f"{strategy}: {variant}")
+    show_line(f"{strategy}: {variant}")
     if variant.startswith("textbook"):
         return in_a_process(run_textbook, root, strategy, args, variant == "textbook-tuned")
     cache = "off" if variant == "ours-nocache" else "auto"
@@ -333,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(row_of(strategy, variant, result, sizes, full))
                 if args.csv:  # row by row: a benchmark that is stopped keeps what it has
                     write_csv(args.csv, rows[0], [row.values() for row in rows])
-            terminal.progress()
+            wipe_line()
             show(rows[-len(VARIANTS) :], args.measured)
             show_floor(rows[-len(VARIANTS) :], sizes, args, speed)
     show_four_runs(rows)

@@ -16,8 +16,8 @@ import data
 import features
 import freeze
 import train
-from plumbing import drawn, machine
-from plumbing.command import command
+from plumbing import machine, synthetic
+from plumbing.cli import command
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--dataset", "synthetic", "--weights", "none", "--image-size", "48", "--train-size", "60")
@@ -40,15 +40,15 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True, scope="session")
 def fewer_test_pictures():
     """60 drawn test pictures, not 500, and each drawn once."""
-    synthetic = functools.cache(drawn.synthetic)
+    load = functools.cache(synthetic.load)
 
     def fewer(split: str) -> data.Images:
         if split == "train":
-            return synthetic(split)
-        return data.stratified_subset(synthetic(split), 60, 0)
+            return load(split)
+        return data.stratified_subset(load(split), 60, 0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawn, "synthetic", fewer)
+        patch.setattr(synthetic, "load", fewer)
         yield
 
 
@@ -59,7 +59,7 @@ def float64(monkeypatch):
     does not."""
     build = freeze.build
 
-    def transform(pixels, size, dtype, flips):
+    def transform(pixels, size, dtype=None, flips=None):
         return data.transform(pixels, size, torch.float32, flips).double()
 
     monkeypatch.setattr(freeze, "build", lambda *args, **more: build(*args, **more).double())

@@ -14,12 +14,12 @@ import evaluate
 import plot
 import train
 from plumbing import flags
-from plumbing.command import Patient, paths
+from plumbing.cli import UnfailingStream, paths
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from plumbing.command import command
+from plumbing.cli import command
 
 def main():
     for number in range(20_000):
@@ -78,7 +78,7 @@ def test_a_stream_that_nobody_reads_swallows_what_is(flush):
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as inner:
-        stream = Patient(inner)
+        stream = UnfailingStream(inner)
         for _ in range(2000):
             print("a line that nobody reads", file=stream, flush=flush)
 
@@ -106,7 +106,7 @@ def test_output_into_a_full_disk_ends_nothing(tmp_path):
 
 def test_a_command_without_any_output_runs():
     """sys.stdout is None under pythonw, and where it was closed before the start."""
-    stream = Patient(None)
+    stream = UnfailingStream(None)
     print("nothing", file=stream, flush=True)
     assert not stream.isatty()
 
@@ -180,7 +180,7 @@ def test_a_command_through_an_ascii_pipe_spells_all_names(tmp_path):
 )
 def test_names_that_cannot_be_spelled_are_escaped(encoding, name, shown):
     inner = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    print(name, file=Patient(inner), flush=True)
+    print(name, file=UnfailingStream(inner), flush=True)
     assert inner.buffer.getvalue() == shown + b"\n"
 
 
@@ -196,14 +196,14 @@ def test_a_notebook_s_stream_needs_no_reconfigure():
         def flush(self):
             pass
 
-    stream = Patient(Notebook())
+    stream = UnfailingStream(Notebook())
     print("\u732b", file=stream, flush=True)
     assert "".join(stream.written) == "\u732b\n"
 
 
 def test_a_patient_stream_is_still_its_stream():
     inner = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    stream = Patient(inner)
+    stream = UnfailingStream(inner)
     assert stream.encoding == "ascii" and not stream.isatty()
     print("\udcff", file=stream, flush=True)
     assert inner.buffer.getvalue() == b"\\udcff\n"

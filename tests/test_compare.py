@@ -10,7 +10,7 @@ import compare
 import data
 import evaluate
 import freeze
-from plumbing import drawn
+from plumbing import synthetic
 from plumbing.scoring import Loaded
 
 NAMES = ["train", "loss", "test", "loss", "accuracy", "images", "epochs", "run"]
@@ -85,7 +85,7 @@ def test_runs_are_compared_image_by_image(run, tmp_path, capsys):
 
 
 def test_what_was_right_in_the_log_is_what_is_right_when_scored(finished):
-    images = drawn.synthetic("test")
+    images = synthetic.load("test")
     for epochs in (1, 2):
         saved = checkpoint(finished, epochs)
         said = Loaded(saved).model.eval()(data.transform(images.pixels, 48)).argmax(1)
@@ -155,7 +155,7 @@ def copied(finished, tmp_path):
 def test_how_far_the_features_moved_is_written_beside_the_checkpoint(finished, copied, capsys):
     compare.main([str(copied), "--cka"])
     (row,) = rows(copied.parent / "epoch2.cka.csv")
-    pixels, kept = drawn.synthetic("test").pixels, []
+    pixels, kept = synthetic.load("test").pixels, []
     for model in (Loaded(checkpoint(finished)).model, freeze.build("resnet18", 10)):
         model.fc = torch.nn.Identity()
         with torch.no_grad():
@@ -190,7 +190,7 @@ def test_cka_refuses_other_weights_than_those_the_run_began_with(copied, capsys)
 def test_cka_looks_for_the_test_set_where_it_is_told(finished, tmp_path, capsys):
     """It scores, so the pictures must be there: a folder that is not is named."""
     saved = checkpoint(finished)
-    saved["facts"]["dataset"] = "folder"
+    saved["metadata"]["dataset"] = "folder"
     torch.save(saved, tmp_path / "epoch2.pt")
     nowhere = tmp_path / "nowhere"
     words = [tmp_path / "epoch2.pt", "--cka", "--data-dir", nowhere]

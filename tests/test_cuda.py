@@ -8,14 +8,14 @@ import data
 import evaluate
 import features
 import train
-from plumbing import cache, drawn
+from plumbing import cache, synthetic
 
 pytestmark = pytest.mark.cuda
 LOSSES = ("train_loss", "test_loss")
 
 
 def test_the_transform_is_the_cpu_s():
-    pixels = drawn.synthetic("test").pixels
+    pixels = synthetic.load("test").pixels
     flips = torch.arange(len(pixels)) % 2 == 0
     on_device = data.transform(pixels.cuda(), 224, flips=flips.cuda()).cpu()
     expected = data.transform(pixels, 224, flips=flips)
@@ -42,12 +42,12 @@ def test_every_place_of_the_cache_gives_the_same_losses(run, unfreeze):
 
 
 def test_a_cache_split_over_places_gives_the_same_losses(run, monkeypatch, capsys):
-    """features.SMALL: pixels stay on the host, as those of many pictures do."""
+    """features.SMALL_BYTES: pixels stay on the host, as those of many pictures do."""
     flags = ["--device", "cuda", "--unfreeze", "layer4"]
     expected = history(run(*flags), *LOSSES)
-    monkeypatch.setattr(features, "SMALL", 0)
+    monkeypatch.setattr(features, "SMALL_BYTES", 0)
     for device, host in [(2**19, 2**19), (2**19, 0), (0, 2**19)]:
-        free = {"device": cache.ROOM + device, "host": cache.ROOM + host}
+        free = {"device": cache.FREE_BYTES + device, "host": cache.FREE_BYTES + host}
         monkeypatch.setattr(cache, "free_memory", lambda place, *_, free=free: free[place])
         found = history(run(*flags), *LOSSES)
         assert "computed in every epoch" in capsys.readouterr().out
@@ -65,7 +65,7 @@ def test_the_device_learns_what_the_cpu_learns_and_evaluation_agrees(run, precis
     logged = history(cuda, "test_accuracy")[-1][0]
     assert abs(float(scored["test_accuracy"]) - logged) * 60 < 1.5
     assert scored["device"] == torch.cuda.get_device_name()
-    assert checkpoint(cuda)["facts"]["device_type"] == "cuda"
+    assert checkpoint(cuda)["metadata"]["device_type"] == "cuda"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

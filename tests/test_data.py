@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision import datasets, transforms
 
 import data
-from plumbing import drawn
+from plumbing import synthetic
 
 # ---------------------------------------------------------------- transforms
 
@@ -63,7 +63,7 @@ def test_other_devices_resize_as_pil_does(monkeypatch):
 
 
 def test_a_lower_precision_is_the_same_rounded():
-    pixels = drawn.synthetic("test").pixels[:8]
+    pixels = synthetic.load("test").pixels[:8]
     rounded = data.transform(pixels, 64, torch.bfloat16).float()
     torch.testing.assert_close(rounded, data.transform(pixels, 64), rtol=0, atol=0.02)
 
@@ -88,7 +88,7 @@ def test_order_and_flips_come_from_seed_and_epoch_alone():
 
 
 def test_a_subset_is_stratified_seeded_and_nested():
-    images = drawn.synthetic("train")
+    images = synthetic.load("train")
     for size in (10, 37, 500, 2000):
         subset = data.stratified_subset(images, size, seed=1)
         counts = torch.bincount(subset.labels, minlength=10)
@@ -113,7 +113,7 @@ def test_a_subset_of_unequal_classes_keeps_their_shares():
 
 
 def test_a_subset_keeps_every_picture_with_its_label():
-    images = drawn.synthetic("train")
+    images = synthetic.load("train")
     labels = {}
     for pixels, label in zip(images.pixels, images.labels.tolist()):
         labels[pixels.numpy().tobytes()] = label
@@ -125,7 +125,7 @@ def test_a_subset_keeps_every_picture_with_its_label():
 @pytest.mark.parametrize("size", [0, 9, 2001])
 def test_a_subset_that_cannot_be(size):
     with pytest.raises(data.UserError, match=f"from 10 .* to 2000 .*, not {size}"):
-        data.stratified_subset(drawn.synthetic("train"), size, seed=0)
+        data.stratified_subset(synthetic.load("train"), size, seed=0)
 
 
 # ---------------------------------------------------------------- CIFAR

@@ -12,7 +12,7 @@ from test_data import little_cifar, planes
 from torchvision import datasets as torchvision_s
 
 from data import CIFAR, UserError
-from plumbing import datasets, drawn
+from plumbing import datasets, synthetic
 from plumbing.files import fingerprint
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -88,7 +88,7 @@ def test_cifar_100_comes_from_the_official_host(source, tmp_path):
 
 @pytest.mark.parametrize("fault", ["missing", "wrong bytes", "cut", "silent"])
 def test_a_mirror_that_fails_is_passed_over(source, tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(datasets, "SILENCE", 0.5)
+    monkeypatch.setattr(datasets, "TIMEOUT_SECONDS", 0.5)
     before = socket.getdefaulttimeout()
     if fault != "missing":
         source.files["/mirror1"] = source.ten
@@ -163,30 +163,30 @@ def test_the_last_test_set_is_kept_for_the_next_checkpoint(monkeypatch, tmp_path
 
     def loaded(*key):
         asked.append(key)
-        return drawn.synthetic("test")
+        return synthetic.load("test")
 
     monkeypatch.setattr(datasets, "load", loaded)
-    once = datasets.Once()
+    once = datasets.TestSets()
     facts = {"dataset": "folder", "data_dir": str(tmp_path)}
     facts |= {"test_share": 0.2, "picture_size": [32, 32]}
-    images = drawn.synthetic("test")
+    images = synthetic.load("test")
     settings = {"classes": ("a", "b"), "test_data": fingerprint(images.pixels, images.labels)}
     one = {"facts": facts, "settings": settings | {"image_size": 64}}
     other = {"facts": facts, "settings": settings | {"image_size": 96}}
-    assert once.test_set(one) is once.test_set(one)
-    once.test_set(other)
-    once.test_set(one)
+    assert once.of(one) is once.of(one)
+    once.of(other)
+    once.of(one)
     assert "warning" not in capsys.readouterr().out
-    once.test_set(one, tmp_path / "moved")
+    once.of(one, tmp_path / "moved")
     sizes = [key[3] for key in asked]
     assert sizes == [64, 96, 64, 64] and asked[-1][2] == tmp_path / "moved"
     assert asked[0] == ("folder", "test", tmp_path, 64, ("a", "b"), 0.2, [32, 32])
 
 
 def test_other_test_pictures_than_the_run_s_own_are_said_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(datasets, "load", lambda *_: drawn.synthetic("test"))
+    monkeypatch.setattr(datasets, "load", lambda *_: synthetic.load("test"))
     facts = {"dataset": "folder", "data_dir": str(tmp_path), "test_share": None}
     facts["picture_size"] = [32, 32]
     settings = {"image_size": 64, "classes": ("a", "b"), "test_data": "other pictures"}
-    datasets.Once().test_set({"facts": facts, "settings": settings})
+    datasets.TestSets().of({"facts": facts, "settings": settings})
     assert "not the test pictures that the run was tested on" in capsys.readouterr().out

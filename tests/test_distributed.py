@@ -223,7 +223,7 @@ def test_a_rank_that_dies_ends_the_others(tmp_path):
     (tmp_path / "dies.py").write_text(
         "import os, sys, train\n"
         "from plumbing import ranks\n"
-        "from plumbing.command import command\n"
+        "from plumbing.cli import command\n"
         "agreed = ranks.agreed\n"
         "def dies(*given):\n"
         "    if ranks.rank() == 1:\n"

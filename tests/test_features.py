@@ -9,7 +9,7 @@ from torch import nn
 import data
 import freeze
 from features import Features
-from plumbing import drawn
+from plumbing import synthetic
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -17,7 +17,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 @pytest.fixture
 def images():
-    return drawn.synthetic("test").pixels[:20]
+    return synthetic.load("test").pixels[:20]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The bookkeeping of graph.Replayed, with a recorder in CUDA's place: what is recorded when, from
+"""The bookkeeping of graph.CudaGraphStep, with a recorder in CUDA's place: what is recorded when, from
 where it reads, and that every batch counts once. test_cuda.py has the real thing."""
 
 from contextlib import contextmanager
@@ -67,7 +67,7 @@ def recorder(monkeypatch):
 def test_every_batch_counts_once_and_is_recorded_once(recorder):
     batches = [(torch.full((4, 2), float(i)), torch.full((4,), i)) for i in range(1, 9)]
     batches[4] = (torch.full((3, 2), 5.0), torch.full((3,), 5))  # an odd last batch; more epochs
-    step = graph.Replayed(recorder.step)
+    step = graph.CudaGraphStep(recorder.step)
     for x, y in batches:
         step(x, y)
         x.zero_()  # what was handed over may change
@@ -78,7 +78,7 @@ def test_every_batch_counts_once_and_is_recorded_once(recorder):
 
 
 def test_the_layout_of_the_inputs_is_kept(recorder):
-    step = graph.Replayed(recorder.step)
+    step = graph.CudaGraphStep(recorder.step)
     step(torch.rand(2, 4, 5, 6).to(memory_format=torch.channels_last), torch.ones(2))
     assert step.inputs[0].is_contiguous(memory_format=torch.channels_last)
 

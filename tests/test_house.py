@@ -108,7 +108,7 @@ def test_a_command_imports_rooms_and_plumbing(command):
 
 
 def test_plot_imports_the_way_of_ending_a_command_and_nothing_else_of_ours():
-    assert ours("plot") <= {"plumbing.command"}
+    assert ours("plot") <= {"plumbing.cli"}
     assert "matplotlib" in others("plot")
 
 

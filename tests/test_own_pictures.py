@@ -17,12 +17,12 @@ import data
 import evaluate
 import plot
 import train
-from plumbing import datasets, drawn, pictures
+from plumbing import datasets, pictures, synthetic
 from plumbing.scoring import Loaded
 
 LITTLE = ("--weights", "none", "--image-size", "32", "--epochs", "1", "--precision", "fp32")
 LITTLE += ("--device", "cpu", "--dataset", "folder", "--data-dir")
-DRAWN = drawn.synthetic("train")
+DRAWN = synthetic.load("train")
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,11 @@ from conftest import SMALL, checkpoint, complaint, history, rows
 import data
 import freeze
 import train
-from plumbing import drawn, flags
+from plumbing import flags, synthetic
 from plumbing.scoring import Loaded
 from plumbing.settings import settings_of
 
-CLASSES = drawn.synthetic("train").classes
+CLASSES = synthetic.load("train").classes
 TINY = ("--image-size", "32", "--epochs", "1")
 
 
@@ -91,7 +91,7 @@ def test_the_drift_is_how_far_the_weights_moved_relative_to_the_start(finished):
 
 def test_a_checkpoint_says_what_was_run(finished):
     saved = checkpoint(finished)  # read with weights_only=True: plain values and tensors
-    settings, facts = saved["settings"], saved["facts"]
+    settings, facts = saved["settings"], saved["metadata"]
     assert settings["classes"] == CLASSES
     assert facts["unfrozen"] == ["layer4", "fc"]
     assert (settings["strategy"], settings["model"]) == ("fc+layer4", "resnet18")

@@ -300,7 +300,7 @@ def test_imagenet_weights_are_downloaded_once_and_checked(imagenet):
 
 @pytest.mark.parametrize("fault", ["missing", "wrong bytes", "cut", "silent"])
 def test_imagenet_weights_that_cannot_be_had(imagenet, monkeypatch, fault):
-    monkeypatch.setattr(datasets, "SILENCE", 0.5)
+    monkeypatch.setattr(datasets, "TIMEOUT_SECONDS", 0.5)
     path = f"/{imagenet.name}"
     if fault == "missing":
         del imagenet.files[path]

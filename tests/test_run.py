@@ -24,8 +24,8 @@ import features
 import freeze
 import train
 from data import UserError
-from plumbing import drawn, runs
-from plumbing.command import command
+from plumbing import runs, synthetic
+from plumbing.cli import command
 from plumbing.files import locked
 
 LOSSES = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
@@ -35,7 +35,7 @@ QUICK = (*SMALL, "--image-size", "32")
 @pytest.fixture
 def every_epoch(monkeypatch):
     """A checkpoint after every epoch, not now and then."""
-    monkeypatch.setattr(runs, "RARELY", 0)
+    monkeypatch.setattr(runs, "CHECKPOINT_INTERVAL", 0)
 
 
 def start_script(script: str, *flags: str) -> subprocess.Popen:
@@ -111,8 +111,8 @@ def same(one: Path, two: Path, *lengths: int) -> None:
 
 def train_apart(flags: list[str], rarely: float) -> None:
     """train.py in a process of its own, on few test pictures."""
-    runs.RARELY = rarely
-    drawn.COUNT["test"] = 60
+    runs.CHECKPOINT_INTERVAL = rarely
+    synthetic.COUNT["test"] = 60
     train.main(flags)
 
 
@@ -200,7 +200,7 @@ def test_where_writing_is_slow_it_writes_seldom_and_goes_on_from_what_there_is(
     flags = ["--image-size", "32", "--epochs", "4"]
     whole = run(*flags)
     flags += ["--resume", "--out", str(whole.parent.with_name("stopped"))]
-    monkeypatch.setattr(runs, "RARELY", 10**9)
+    monkeypatch.setattr(runs, "CHECKPOINT_INTERVAL", 10**9)
     run_and_stop(run, monkeypatch, 4, *flags)
     folder = whole.parent.with_name("stopped") / whole.name
     assert names(folder) == {"history.csv", "latest.pt"}
@@ -395,20 +395,20 @@ def test_another_run_of_the_same_name_is_not_resumed_nor_replaced(
         patch.setitem(freeze.LEARNING_RATES, "layer4", 3e-4)
         rates = "learning_rates fc=0.001 layer4=0.0001, not fc=0.001 layer4=0.0003"
         refused(rates, *resuming)
-    synthetic = drawn.synthetic
+    load = synthetic.load
 
     def refused_with(split: str, culprit: str, **parts) -> None:
         def another(asked: str):
-            images = synthetic(asked)
+            images = load(asked)
             if asked == split:
                 images = images._replace(**parts)
             return images
 
         with monkeypatch.context() as patch:
-            patch.setattr(drawn, "synthetic", another)
+            patch.setattr(synthetic, "load", another)
             refused(culprit, *resuming)
 
-    train_images, test_images = synthetic("train"), synthetic("test")
+    train_images, test_images = load("train"), load("test")
     pixels = test_images.pixels.clone()
     pixels[-1, -1, -1, -1] ^= 1
     refused_with("test", "other test pictures", pixels=pixels)

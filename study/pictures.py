@@ -1,0 +1,92 @@
+"""The study's own pictures of a folder of runs, from the CSV files alone.
+
+    python -m study.pictures study/results/h100
+
+sizes.png and pixels.png: accuracy by the number of training images and by their size. drift.png:
+how far the weights have moved, where history.csv has it (runs of before 2026-12).
+"""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+import plot
+from plumbing.cli import Parser, command
+
+
+def sweep(runs: list[dict], column: str, name: str) -> "pyplot.Figure | None":
+    """Accuracy by a number that was varied, all else equal: in the runs of that length and those
+    other settings of which there are most kinds."""
+    rest = [size for size in plot.SIZES if size != column]
+    groups = plot.by(runs, "epochs", *rest).values()
+    runs = max(
+        groups, key=lambda group: (len(plot.by(group, "label", column)), -group[0]["epochs"])
+    )
+    ticks = sorted({run[column] for run in runs})
+    if len(ticks) == 1:
+        return None
+    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for (label, epochs), group in plot.by(runs, "label", "epochs").items():
+        seeds = [[run["test_accuracy"] for run in some] for some in plot.by(group, column).values()]
+        mean = np.array([np.mean(values) for values in seeds])
+        low = mean - [min(values) for values in seeds]
+        high = [max(values) for values in seeds] - mean
+        places = sorted({run[column] for run in group})
+        text = f"{label}, {epochs} epochs"
+        axis.errorbar(places, mean, yerr=(low, high), capsize=3, label=text, **group[0]["style"])
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set(xlabel=name, ylabel="test accuracy")
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axis.legend()
+    return figure
+
+
+def drift(runs: list[dict]) -> "pyplot.Figure | None":
+    """How far the weights have moved from the pretrained ones, by epoch: a line per stage and
+    rate, of the longest run on most and largest images."""
+    lines = {}
+    for run in sorted(
+        runs, key=lambda run: (*map(run.get, plot.SIZES), run["epochs"], -run["seed"])
+    ):
+        rates = dict(part.split("=") for part in run["learning_rates"].split())
+        for column in run["history"]:
+            stage = column.removesuffix("_drift")
+            if stage != column:
+                lines[stage, float(rates[stage]), run["label"].split(" (")[0]] = run, column
+    if not lines:
+        return None
+    figure, axis = pyplot.subplots(figsize=(9, 5 + 0.2 * len(lines)), layout="constrained")
+    for number, (name, (run, column)) in enumerate(sorted(lines.items(), key=lambda kv: kv[0])):
+        stage, rate, label = name
+        style = {"color": f"C{number}", "marker": "os^vD*XP"[number % 8], "markersize": 5}
+        style |= {"linestyle": ("-", "--", ":", "-.")[number % 4]}
+        style |= {"markevery": run["epochs"] // 10 or 1}
+        text = f"{stage} at {rate:g}, {label}, {run['train_images']:,} images"
+        axis.plot(run["history"]["epoch"], run["history"][column], label=text, **style)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda distance, _: f"{100 * distance:g}%")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axis.set(xlabel="epoch", ylabel="‖weights − pretrained‖ / ‖pretrained‖")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args(argv).folder
+    for kind, runs in plot.by(plot.read(folder), *plot.KIND).items():
+        print(", ".join(kind))
+        plot.save(folder / "sizes.png", sweep, runs, "train_images", "training images")
+        plot.save(folder / "pixels.png", sweep, runs, "image_size", "pixels a side")
+        plot.save(folder / "drift.png", drift, runs)
+
+
+if __name__ == "__main__":
+    command(main, when_stopped="the pictures drawn so far are whole", when_full="draw fewer runs")
