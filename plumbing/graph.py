@@ -88,7 +88,7 @@ class CudaGraphStep:
         modes = [module.training for module in self.modules]
         values = []
         for group, rate in zip(self.optimizer.param_groups, self.rates):
-            skipped = {"params", "lr"} if rate is not None else {"params"}
+            skipped = {"params", "initial_lr", "lr" if rate is not None else "params"}
             values.append({name: group[name] for name in group if name not in skipped})
         return learns, modes, values, numbers_of(self.step)
 

@@ -11,7 +11,7 @@ import data
 import evaluate
 import freeze
 from plumbing import synthetic
-from plumbing.scoring import Loaded
+from plumbing.checkpoint import load_model
 
 NAMES = ["train", "loss", "test", "loss", "accuracy", "images", "epochs", "run"]
 
@@ -26,7 +26,7 @@ def lengths(finished):
 
 def test_what_was_logged_is_what_is_scored(lengths, tmp_path, monkeypatch):
     evaluate.main([*lengths, "--csv", str(tmp_path / "scored.csv")])
-    monkeypatch.setattr(compare, "Loaded", None)  # no network is built, nothing is scored
+    monkeypatch.setattr(freeze, "build", None)  # no network is built, nothing is scored
     compare.main([*lengths, "--csv", str(tmp_path / "logged.csv")])
     scored, logged = rows(tmp_path / "scored.csv"), rows(tmp_path / "logged.csv")
     assert len(logged) == 2
@@ -88,7 +88,7 @@ def test_what_was_right_in_the_log_is_what_is_right_when_scored(finished):
     images = synthetic.load("test")
     for epochs in (1, 2):
         saved = checkpoint(finished, epochs)
-        said = Loaded(saved).model.eval()(data.transform(images.pixels, 48)).argmax(1)
+        said = load_model(saved).model.eval()(data.transform(images.pixels, 48)).argmax(1)
         assert torch.equal(saved["test_correct"], said == images.labels)
 
 
@@ -119,79 +119,3 @@ def test_runs_on_other_test_images_are_not_compared(finished, lengths, tmp_path,
     assert len(rows(tmp_path / "summary.csv")) == 2
     compare.main(list(map(str, files)))
     assert "points" not in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- the features
-
-
-def normal(seed: int, *shape: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-
-def test_cka_is_one_for_what_did_not_move_and_for_rotated_features():
-    x = normal(0, 50, 8)
-    rotation, _ = torch.linalg.qr(normal(1, 8, 8))
-    assert compare.linear_cka(x, x) == pytest.approx(1)
-    assert compare.linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1)
-
-
-def test_cka_is_what_its_definition_by_gram_matrices_says():
-    x, other = normal(0, 50, 8), normal(2, 50, 8)
-    centered, centered_other = x - x.mean(0), other - other.mean(0)
-    gram, gram_other = centered @ centered.T, centered_other @ centered_other.T
-    expected = ((gram * gram_other).sum() / (gram.norm() * gram_other.norm())).item()
-    assert compare.linear_cka(x, other) == pytest.approx(expected)
-    assert expected < 0.6
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    """The longer checkpoint of a copy of that run, to write beside."""
-    shutil.copytree(finished, tmp_path / "copied")
-    return tmp_path / "copied/epoch2.pt"
-
-
-def test_how_far_the_features_moved_is_written_beside_the_checkpoint(finished, copied, capsys):
-    compare.main([str(copied), "--cka"])
-    (row,) = rows(copied.parent / "epoch2.cka.csv")
-    pixels, kept = synthetic.load("test").pixels, []
-    for model in (Loaded(checkpoint(finished)).model, freeze.build("resnet18", 10)):
-        model.fc = torch.nn.Identity()
-        with torch.no_grad():
-            kept.append(model.eval()(data.transform(pixels, 48)).double())
-    assert row["stage"] == "layer4"
-    assert float(row["cka"]) == pytest.approx(compare.linear_cka(*kept), abs=1e-5)
-    line = f"{float(row['cka']):.4f}    CKA of layer4 with the pretrained one"
-    assert line in capsys.readouterr().out
-
-
-def test_cka_computes_in_the_precision_of_the_training(copied):
-    compare.main([str(copied), "--cka"])
-    (row,) = rows(copied.parent / "epoch2.cka.csv")
-    saved = checkpoint(copied.parent)
-    saved["settings"]["precision"] = "bf16"
-    torch.save(saved, copied)
-    compare.main([str(copied), "--cka"])
-    (rounded,) = rows(copied.parent / "epoch2.cka.csv")
-    assert rounded["cka"] != row["cka"]
-    assert float(rounded["cka"]) == pytest.approx(float(row["cka"]), abs=0.02)
-
-
-def test_cka_refuses_other_weights_than_those_the_run_began_with(copied, capsys):
-    saved = checkpoint(copied.parent)
-    saved["settings"]["initial_network"] = "0"
-    torch.save(saved, copied)
-    line = complaint(compare.main, [copied, "--cka"], capsys)
-    assert "none is not what the run began with" in line
-    assert not (copied.parent / "epoch2.cka.csv").exists()
-
-
-def test_cka_looks_for_the_test_set_where_it_is_told(finished, tmp_path, capsys):
-    """It scores, so the pictures must be there: a folder that is not is named."""
-    saved = checkpoint(finished)
-    saved["metadata"]["dataset"] = "folder"
-    torch.save(saved, tmp_path / "epoch2.pt")
-    nowhere = tmp_path / "nowhere"
-    words = [tmp_path / "epoch2.pt", "--cka", "--data-dir", nowhere]
-    assert str(nowhere) in complaint(compare.main, words, capsys)

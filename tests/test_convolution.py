@@ -9,7 +9,7 @@ from torch import nn
 
 import freeze
 from plumbing import convolution
-from plumbing.convolution import Conv2d, Convolution, faster
+from plumbing.convolution import Conv2d, Convolution, use_fast_convolutions
 
 # in, out, height, width, kernel, stride, and the way that is taken
 CASES = [
@@ -44,7 +44,7 @@ def tensors(case: tuple, dtype: torch.dtype = torch.float64) -> tuple[torch.Tens
 def test_the_same_outputs_and_gradients_as_conv2d(case):
     *_, size, stride, way = case
     x, weight = tensors(case)
-    assert convolution.way(x, weight, stride) == way
+    assert convolution.fastest_method(x, weight, stride) == way
     found = Convolution.apply(x, weight, stride)
     expected = F.conv2d(x, weight, None, stride, size // 2)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -58,7 +58,7 @@ def test_the_same_outputs_and_gradients_as_conv2d(case):
 
 @pytest.mark.parametrize("case", CASES[2:7] + CASES[8:10], ids=str)
 def test_gradients_are_those_of_the_outputs(case, monkeypatch):
-    monkeypatch.setattr(convolution, "WIDE", 3)  # so that Winograd's case is a small one
+    monkeypatch.setattr(convolution, "WINOGRAD_CHANNELS", 3)  # a small case for Winograd
     small = (min(case[0], 4), min(case[1], 3), *case[2:])
     x, weight = tensors(small)
     assert torch.autograd.gradcheck(lambda *given: Convolution.apply(*given, case[5]), (x, weight))
@@ -83,7 +83,7 @@ def test_a_gradient_that_nobody_needs_is_not_computed(needed):
 def test_under_autocast_everything_is_in_its_type(size):
     layer = nn.Conv2d(128, 128, 3, padding=1, bias=False)
     fast = copy.deepcopy(layer)
-    faster(fast)
+    use_fast_convolutions(fast)
     x = torch.randn(8, 128, size, size)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = fast(x), layer(x)
@@ -114,7 +114,7 @@ def test_any_layer_gives_what_it_gave(name):
     layer = LAYERS[name]
     x = torch.randn(2, 8, 3, 3)
     fast = copy.deepcopy(layer)
-    faster(fast)
+    use_fast_convolutions(fast)
     assert isinstance(fast, Conv2d)
     torch.testing.assert_close(fast(x), layer(x), rtol=1e-5, atol=1e-6)
 
@@ -125,7 +125,7 @@ def test_a_network_keeps_its_parameters_and_its_answers():
     x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
     state = model.state_dict()
     expected = model(x)
-    faster(model)
+    use_fast_convolutions(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert all(
         value is state[name] or value.equal(state[name])
@@ -140,5 +140,5 @@ def test_a_subclass_of_conv2d_is_left_alone():
         pass
 
     layer = Own(3, 3, 3)
-    faster(layer)
+    use_fast_convolutions(layer)
     assert type(layer) is Own

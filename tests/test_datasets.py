@@ -11,7 +11,7 @@ import torch
 from test_data import little_cifar, planes
 from torchvision import datasets as torchvision_s
 
-from data import CIFAR, UserError
+from data import UserError
 from plumbing import datasets, synthetic
 from plumbing.files import fingerprint
 
@@ -25,7 +25,7 @@ def source(monkeypatch, server):
     """CIFAR-10 and CIFAR-100 of a few images, at two mirrors and an official host that all are
     `server`; source.ten and source.hundred are the archives."""
     archives = little_cifar(monkeypatch)
-    for dataset in CIFAR.values():
+    for dataset in datasets.CIFAR.values():
         monkeypatch.setattr(dataset, "url", f"{server.url}/official/{dataset.filename}")
     mirrors = [f"{server.url}/mirror1", f"{server.url}/mirror2"]
     monkeypatch.setitem(datasets.MIRRORS, "cifar10", mirrors)
@@ -167,12 +167,16 @@ def test_the_last_test_set_is_kept_for_the_next_checkpoint(monkeypatch, tmp_path
 
     monkeypatch.setattr(datasets, "load", loaded)
     once = datasets.TestSets()
-    facts = {"dataset": "folder", "data_dir": str(tmp_path)}
-    facts |= {"test_share": 0.2, "picture_size": [32, 32]}
+    metadata = {"dataset": "folder", "data_dir": str(tmp_path)}
+    metadata |= {"test_share": 0.2, "picture_size": [32, 32]}
     images = synthetic.load("test")
-    settings = {"classes": ("a", "b"), "test_data": fingerprint(images.pixels, images.labels)}
-    one = {"facts": facts, "settings": settings | {"image_size": 64}}
-    other = {"facts": facts, "settings": settings | {"image_size": 96}}
+    settings = {
+        "test_seed": 0,
+        "classes": ("a", "b"),
+        "test_data": fingerprint(images.pixels, images.labels),
+    }
+    one = {"metadata": metadata, "settings": settings | {"image_size": 64}}
+    other = {"metadata": metadata, "settings": settings | {"image_size": 96}}
     assert once.of(one) is once.of(one)
     once.of(other)
     once.of(one)
@@ -180,13 +184,18 @@ def test_the_last_test_set_is_kept_for_the_next_checkpoint(monkeypatch, tmp_path
     once.of(one, tmp_path / "moved")
     sizes = [key[3] for key in asked]
     assert sizes == [64, 96, 64, 64] and asked[-1][2] == tmp_path / "moved"
-    assert asked[0] == ("folder", "test", tmp_path, 64, ("a", "b"), 0.2, [32, 32])
+    assert asked[0] == ("folder", "test", tmp_path, 64, ("a", "b"), 0.2, 0, [32, 32])
 
 
 def test_other_test_pictures_than_the_run_s_own_are_said_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(datasets, "load", lambda *_: synthetic.load("test"))
-    facts = {"dataset": "folder", "data_dir": str(tmp_path), "test_share": None}
-    facts["picture_size"] = [32, 32]
-    settings = {"image_size": 64, "classes": ("a", "b"), "test_data": "other pictures"}
-    datasets.TestSets().of({"facts": facts, "settings": settings})
+    metadata = {"dataset": "folder", "data_dir": str(tmp_path), "test_share": None}
+    metadata["picture_size"] = [32, 32]
+    settings = {
+        "test_seed": 0,
+        "image_size": 64,
+        "classes": ("a", "b"),
+        "test_data": "other pictures",
+    }
+    datasets.TestSets().of({"metadata": metadata, "settings": settings})
     assert "not the test pictures that the run was tested on" in capsys.readouterr().out

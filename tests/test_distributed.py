@@ -13,7 +13,7 @@ from torch import nn
 
 import train
 from data import UserError
-from plumbing import ranks
+from plumbing import distributed
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 COLUMNS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
@@ -40,21 +40,21 @@ def two(monkeypatch):
     """two(rank): be that one of two ranks."""
 
     def be(rank: int) -> None:
-        monkeypatch.setattr(ranks, "rank", lambda: rank)
-        monkeypatch.setattr(ranks, "count", lambda: 2)
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
 
     return be
 
 
 def test_one_process_is_left_as_it_is():
     order, flips = torch.randperm(7), torch.rand(7) < 0.5
-    same = ranks.my_order(order, flips)
-    assert torch.equal(same[0], order) and torch.equal(same[1], flips)
-    assert ranks.sizes(7, 3) == 3 and ranks.mine(order).equal(order)
-    tail, values = nn.Linear(2, 2), (0.5, 0.25)
-    assert ranks.together(tail) is tail and ranks.agreed(values, 3, tail) is values
-    assert ranks.gathered(order) is order and ranks.told(values) is values
-    assert ranks.join("cpu") == torch.device("cpu")
+    same = distributed.local_epoch(order, flips, 3)
+    assert same[0] is order and same[1] is flips and same[2] == 3
+    tail, values = nn.Linear(2, 2), {"train_loss": 0.5}
+    assert distributed.local_rows(order) is order and distributed.ddp(tail) is tail
+    assert distributed.all_reduce_mean(values, 3) is values
+    assert distributed.all_gather(order, 7) is order and distributed.broadcast(values) is values
+    assert distributed.init("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("images", [2, 5, 12, 13, 24, 25, 27])
@@ -63,11 +63,10 @@ def test_the_ranks_share_all_images_in_as_many_batches(two, images):
     pixels, found, batches = torch.arange(images), [], []
     for rank in (0, 1):
         two(rank)
-        own, own_flips = ranks.my_order(order, flips)
-        sizes = ranks.sizes(images, 6)
+        own, own_flips, sizes = distributed.local_epoch(order, flips, 6)
         batches.append(len(sizes))
         assert sum(sizes) == len(own) == len(own_flips) and min(sizes) > 0 and max(sizes) <= 7
-        mine = ranks.mine(pixels)[own]
+        mine = distributed.local_rows(pixels)[own]
         assert torch.equal(own_flips[own], flips[mine])
         place = {image: number for number, image in enumerate(order.tolist())}
         assert [place[image] for image in mine.tolist()] == sorted(map(place.get, mine.tolist()))
@@ -80,7 +79,7 @@ def test_a_device_that_not_all_ranks_can_have_is_refused(monkeypatch, device):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match=f"--device {device} is for one process"):
-        ranks.join(device)
+        distributed.init(device)
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
@@ -88,23 +87,24 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="--nproc-per-node asks for more processes .*, 2"):
-        ranks.join("auto")
+        distributed.init("auto")
 
 
 def test_fewer_images_than_ranks_are_refused(monkeypatch, run):
-    monkeypatch.setattr(ranks, "count", lambda: 61)
+    monkeypatch.setattr(distributed, "world_size", lambda: 61)
     with pytest.raises(UserError, match="60 images are too few for 61 processes"):
         run()
 
 
 @pytest.mark.parametrize("images", [2, 20, 21, 22, 23, 24, 25])
 def test_the_smallest_batch_is_known(two, images):
-    assert ranks.smallest(images, 6) == min(len(part) for part in torch.arange(images).split(6))
+    expected = min(map(len, torch.arange(images).split(6)))
+    assert distributed.smallest_batch(images, 6) == expected
     smallest = []
     for rank in (0, 1):
         two(rank)
-        smallest += ranks.sizes(images, 6)
-    assert ranks.smallest(images, 6) == min(smallest)
+        smallest += distributed.batch_sizes(images, 6)
+    assert distributed.smallest_batch(images, 6) == min(smallest)
 
 
 # ---------------------------------------------------------------- what they compute
@@ -114,28 +114,33 @@ ALONE = """
 import sys, torch
 from torch import nn
 import torch.nn.functional as F
-from plumbing import ranks
-ranks.join("cpu")
+from plumbing import distributed
+distributed.init("cpu")
 torch.manual_seed(0)
 x, y = torch.randn(13, 4, 3, 3, dtype=torch.float64), torch.randint(3, (13,))
 norm = nn.BatchNorm2d(4) if sys.argv[2] == "norm" else nn.Identity()
 tail = nn.Sequential(norm, nn.Flatten(), nn.Linear(36, 3)).double()
-wrapped = ranks.together(tail)
+wrapped = distributed.ddp(tail)
 optimizer = torch.optim.Adam(tail.parameters(), lr=0.01)
 losses = []
 for epoch in range(2):
-    order, flips = ranks.my_order(torch.randperm(13), torch.zeros(13, dtype=torch.bool))
+    flips = torch.zeros(13, dtype=torch.bool)
+    order, _, sizes = distributed.local_epoch(torch.randperm(13), flips, 3)
     total = 0
-    for some in order.split(ranks.sizes(13, 3)):
-        loss = F.cross_entropy(wrapped(ranks.mine(x)[some]), ranks.mine(y)[some])
+    for some in order.split(sizes):
+        here, labels = distributed.local_rows(x)[some], distributed.local_rows(y)[some]
+        loss = F.cross_entropy(wrapped(here), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         total += loss.item() * len(some)
-    losses.append(ranks.agreed((total / len(order),), len(order), tail)[0])
+    distributed.average_batchnorm(tail)
+    means = distributed.all_reduce_mean({"loss": total / len(order)}, len(order))
+    losses.append(means["loss"])
 with torch.no_grad():
-    logits = ranks.gathered(tail.eval()(ranks.mine(x)))
-torch.save((tail.state_dict(), losses, logits), f"{sys.argv[1]}/{ranks.rank()}.pt")
+    logits = distributed.all_gather(tail.eval()(distributed.local_rows(x)), 13)
+torch.save((tail.state_dict(), losses, logits), f"{sys.argv[1]}/{distributed.rank()}.pt")
+distributed.destroy()
 """
 
 
@@ -222,14 +227,14 @@ def test_a_run_on_two_ranks_is_told_once_kept_once_and_goes_on(tmp_path):
 def test_a_rank_that_dies_ends_the_others(tmp_path):
     (tmp_path / "dies.py").write_text(
         "import os, sys, train\n"
-        "from plumbing import ranks\n"
+        "from plumbing import distributed\n"
         "from plumbing.cli import command\n"
-        "agreed = ranks.agreed\n"
+        "mean = distributed.all_reduce_mean\n"
         "def dies(*given):\n"
-        "    if ranks.rank() == 1:\n"
+        "    if distributed.rank() == 1:\n"
         "        os.kill(os.getpid(), 9)\n"
-        "    return agreed(*given)\n"
-        "ranks.agreed = dies\n"
+        "    return mean(*given)\n"
+        "distributed.all_reduce_mean = dies\n"
         "command(lambda: train.main(sys.argv[1:]), '', '')\n"
     )
     done = torchrun(str(tmp_path / "dies.py"), *WORDS, "--out", str(tmp_path))

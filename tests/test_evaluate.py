@@ -13,7 +13,7 @@ import data
 import evaluate
 import train
 from plumbing import synthetic
-from plumbing.scoring import Loaded
+from plumbing.checkpoint import load_model
 
 CLASSES = synthetic.load("train").classes
 
@@ -36,7 +36,7 @@ def copied(finished, tmp_path):
 
 
 def network(folder) -> torch.nn.Module:
-    return Loaded(checkpoint(folder)).model.eval()
+    return load_model(checkpoint(folder)).model.eval()
 
 
 def read_table(file) -> tuple[list[str], list[list[str]]]:
@@ -75,10 +75,11 @@ def test_the_csv_has_a_row_for_each_checkpoint(finished, copied, tmp_path):
     evaluate.main([str(finished / "epoch2.pt"), str(copied), "--csv", str(summary)])
     one, two = rows(summary)
     assert list(one) == [
-        *("run", "epochs", "dataset", "strategy", "model", "weights", "image_size", "batch_size"),
-        *("learning_rates", "frozen_batchnorm", "precision", "seed", "ranks", "train_images"),
-        *("test_images", "train_loss", "test_loss", "test_accuracy", "trainable_parameters"),
-        *("seconds", "device", "torch"),
+        *("run", "epochs", "dataset", "strategy", "tag", "model", "weights", "val_share"),
+        *("image_size", "batch_size", "learning_rates", "schedule_epochs", "frozen_batchnorm"),
+        *("precision", "seed", "test_seed", "ranks", "code", "train_images", "test_images"),
+        *("train_loss", "test_loss", "test_accuracy", "trainable_parameters", "seconds"),
+        *("device", "torch"),
     ]
     assert (one["run"], two["run"]) == (finished.name, "copied")
     assert (one["dataset"], one["strategy"]) == ("synthetic", "fc+layer4")

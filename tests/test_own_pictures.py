@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ import data
 import evaluate
 import plot
 import train
-from plumbing import datasets, pictures, synthetic
-from plumbing.scoring import Loaded
+from plumbing import datasets, flags, pictures, synthetic
+from plumbing.checkpoint import load_model, read_checkpoint
 
 LITTLE = ("--weights", "none", "--image-size", "32", "--epochs", "1", "--precision", "fp32")
 LITTLE += ("--device", "cpu", "--dataset", "folder", "--data-dir")
@@ -188,7 +187,7 @@ def test_a_photograph_goes_down_to_the_training_pictures_size_first(finished, tm
     photograph.save(tmp_path / "photograph.png")
     evaluate.main([str(finished), "--image", str(tmp_path / "photograph.png")])
     (said,) = named(capsys).values()
-    loaded = Loaded(torch.load(finished, weights_only=True))
+    loaded = load_model(torch.load(finished, weights_only=True))
     answers = []
     for size in (32, 64):
         small = np.array(photograph.resize((size, size), Image.Resampling.BILINEAR))
@@ -305,14 +304,14 @@ def test_healthy_weights_given_to_evaluate_are_told_where_they_belong(finished, 
         state = {0: torch.zeros(1)} | state
     torch.save(state, tmp_path / "weights.pt")
     with pytest.raises(data.UserError, match="--weights .*weights.pt") as failure:
-        evaluate.read_checkpoint(tmp_path / "weights.pt")
+        read_checkpoint(tmp_path / "weights.pt")
     assert "delete" not in str(failure.value) and "damaged" not in str(failure.value)
 
 
 def test_another_s_checkpoint_is_not_to_be_deleted(tmp_path):
     torch.save({"epoch": 3, "state": 5}, tmp_path / "other.pt")
     with pytest.raises(data.UserError, match="is no checkpoint of train.py") as failure:
-        evaluate.read_checkpoint(tmp_path / "other.pt")
+        read_checkpoint(tmp_path / "other.pt")
     assert "delete" not in str(failure.value) and "damaged" not in str(failure.value)
 
 
@@ -388,10 +387,8 @@ def test_test_pictures_of_another_size_get_that_of_the_training_pictures(tmp_pat
             file = tmp_path / split / label / "1.png"
             file.parent.mkdir(parents=True)
             Image.fromarray(sharp).resize(size).save(file)
-    args = SimpleNamespace(dataset="folder", data_dir=tmp_path, image_size=64, train_size=None)
-    args.test_share, args.seed, args.batch_size = None, 0, 2
-    args.unfreeze, args.frozen_batchnorm = ["fc"], "eval"
-    train, test = datasets.load_both(args)
-    assert train.pixels.shape == test.pixels.shape == (2, 32, 32, 3)
+    words = ["--dataset", "folder", "--data-dir", str(tmp_path), "--image-size", "64"]
+    train_images, _, test, *_ = datasets.load_splits(flags.parse("", train.RECIPE, words), False)
+    assert train_images.pixels.shape == test.pixels.shape == (2, 32, 32, 3)
     small = Image.fromarray(sharp).resize((32, 32), pictures.BILINEAR)
     assert np.array_equal(test.pixels[0].numpy(), np.asarray(small))

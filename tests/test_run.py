@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import functools
 import multiprocessing
 import os
 import random
@@ -24,9 +23,11 @@ import features
 import freeze
 import train
 from data import UserError
-from plumbing import runs, synthetic
+from plumbing import run as runs
+from plumbing import synthetic
 from plumbing.cli import command
 from plumbing.files import locked
+from study import representations
 
 LOSSES = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 QUICK = (*SMALL, "--image-size", "32")
@@ -151,22 +152,20 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_nothing_had_been(tmp_pat
         assert process.exitcode == 0
     (folder,) = (tmp_path / "whole").glob("synthetic*")
     same(folder, tmp_path / "killed" / folder.name, 2, 4)
-    kept = contents(tmp_path / "killed" / "features")
-    assert kept and {file.suffix for file in kept} == {".features"}
 
 
 def stop_in_epoch(monkeypatch, number: int) -> None:
     """As Ctrl-C does, when the epoch has trained and before anything of it is kept."""
-    score, calls = train.score, []
+    score, calls = train.score_epoch, []
 
     def stopping(*arguments):
         calls.append(1)
         if len(calls) == number:
-            monkeypatch.setattr(train, "score", score)
+            monkeypatch.setattr(train, "score_epoch", score)
             raise KeyboardInterrupt
         return score(*arguments)
 
-    monkeypatch.setattr(train, "score", stopping)
+    monkeypatch.setattr(train, "score_epoch", stopping)
 
 
 def run_and_stop(run, monkeypatch, number: int, *flags: str) -> None:
@@ -190,8 +189,8 @@ def test_stopped_in_the_middle_it_goes_on_after_its_last_epoch(
     resumed = run(*flags)
     assert epochs_shown(capsys.readouterr().out) == [3, 4]
     same(whole, resumed, *lengths)
-    drifts = [f"{stage}_drift" for stage in unfreeze]
-    assert history(resumed, *drifts) == history(whole, *drifts)
+    rates = [f"{stage}_lr" for stage in [*unfreeze, "fc"]]
+    assert history(resumed, *rates) == history(whole, *rates)
 
 
 def test_where_writing_is_slow_it_writes_seldom_and_goes_on_from_what_there_is(
@@ -321,7 +320,7 @@ def test_a_shorter_length_asked_for_later_does_not_take_a_stopped_run_back(
         rows.append(len(history(folder, "epoch")))
         return score(*arguments)
 
-    monkeypatch.setattr(train, "score", looking)
+    monkeypatch.setattr(train, "score_epoch", looking)
     run(*flags, "2", "4", "--resume", *out)
     assert seen == rows == expected
     same(whole, folder, 2, 4)
@@ -528,15 +527,15 @@ def test_the_second_of_two_runs_into_one_folder_stops(run, capsys):
 
 def test_a_run_holds_its_lock_until_its_end(monkeypatch, tmp_path, capsys):
     """And a failed one lets go, too."""
-    score, lines = train.score, []
+    score, lines = train.score_epoch, []
     flags = [*QUICK, "--epochs", "1", "--out", str(tmp_path / "out")]
 
     def second(*arguments):
-        monkeypatch.setattr(train, "score", score)
+        monkeypatch.setattr(train, "score_epoch", score)
         lines.append(complaint(train.main, flags, capsys))
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr(train, "score", second)
+    monkeypatch.setattr(train, "score_epoch", second)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         train.main(flags)
     (line,) = lines
@@ -607,19 +606,6 @@ def test_a_full_disk_keeps_the_last_state_and_says_so(run, capsys, every_epoch, 
     assert contents(folder) == before
 
 
-def test_a_full_disk_in_the_fill(monkeypatch, tmp_path, capsys):
-    def blocks(self, report):
-        yield torch.zeros(2, 2, 2, 256)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(features.Features, "blocks", blocks)
-    flags = [*SMALL, "--unfreeze", "layer4", "--cache", "disk", "--out", str(tmp_path)]
-    line = last_line(lambda: train.main(flags), 1, capsys)
-    assert f"cannot write {tmp_path}/features/" in line
-    assert ".features (No space left on device): try --cache off" in line
-    assert contents(tmp_path) == {}
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_epoch(run, monkeypatch):
     high = "not finite in epoch 1 with --lr fc=1e.36 layer4=0.0001: try lower rates$"
     with pytest.raises(FloatingPointError, match=high):
@@ -628,7 +614,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_epoch(r
     folder = run(*flags, "1")
     before = (folder / "epoch1.pt").read_bytes()
     losses = iter([float("nan"), 1.0, float("nan")])
-    monkeypatch.setattr(train, "score", lambda *_: (next(losses), 0.1))
+
+    def scored(*_):
+        return {"test_loss": next(losses), "test_accuracy": 0.1}, {"test": torch.zeros(60) > 0}
+
+    monkeypatch.setattr(train, "score_epoch", scored)
     where = "in epoch 2 with --lr fc=0.001 layer4=0.5: try lower rates; .*"
     with pytest.raises(FloatingPointError, match=where + "/run[0-9]+/.* keeps epoch 1$"):
         run(*flags, "1", "3", "--resume", "--out", str(folder.parent))
@@ -715,23 +705,18 @@ def test_an_error_inside_the_network_is_a_traceback_and_not_the_user_s_mistake(
     for error in OURS:
         raises(error, lambda: train.main(training))
         raises(error, lambda: evaluate.main([file]))
-        raises(error, lambda: compare.main([file, "--cka"]))
+        raises(error, lambda: representations.main([file]))
 
 
 def test_an_error_in_the_middle_of_the_fill_is_a_traceback(monkeypatch, tmp_path):
-    def blocks(self, report):
-        yield self.compute(torch.arange(16))
-        raise error
+    def compute(self, rows, generator=None):
+        if len(rows) > 1:
+            raise error
+        return computed(self, rows)
 
-    monkeypatch.setattr(features.Features, "blocks", blocks)
+    computed = features.Features.compute
+    monkeypatch.setattr(features.Features, "compute", compute)
     flags = [*QUICK, "--unfreeze", "layer4", "--out", str(tmp_path), "--cache"]
     for error in OURS[:2]:
         raises(error, lambda: train.main([*flags, "host"]))
         raises(error, lambda: train.main([*flags, "disk"]))
-
-
-def test_another_optimizer_takes_one_line_of_the_recipe(run, monkeypatch):
-    monkeypatch.setattr(train, "OPTIMIZER", functools.partial(torch.optim.SGD, momentum=0.9))
-    folder = run("--epochs", "1")
-    saved = torch.load(folder / "epoch1.pt", weights_only=True)["optimizer"]
-    assert saved["param_groups"][0]["momentum"] == 0.9

@@ -1,15 +1,17 @@
 """train.py's command line: what a user types, sees and finds on disk."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SMALL, checkpoint, complaint, history, rows
 
 import data
 import freeze
 import train
 from plumbing import flags, synthetic
-from plumbing.scoring import Loaded
-from plumbing.settings import settings_of
+from plumbing.settings import Settings, settings_of
 
 CLASSES = synthetic.load("train").classes
 TINY = ("--image-size", "32", "--epochs", "1")
@@ -71,7 +73,7 @@ def test_the_history_has_a_row_for_each_epoch(finished):
     table = rows(finished / "history.csv")
     assert list(table[0]) == [
         *("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
-        *("seconds", "train_seconds", "layer4_drift"),
+        *("seconds", "train_seconds", "fc_lr", "layer4_lr"),
     ]
     assert [row["epoch"] for row in table] == ["1", "2"]
     for row in table:
@@ -80,25 +82,19 @@ def test_the_history_has_a_row_for_each_epoch(finished):
         assert 0 < float(row["train_seconds"]) < float(row["seconds"])
 
 
-def test_the_drift_is_how_far_the_weights_moved_relative_to_the_start(finished):
-    before = freeze.build("resnet18", 10).layer4
-    for epochs, (drift,) in enumerate(history(finished, "layer4_drift"), start=1):
-        after = Loaded(checkpoint(finished, epochs)).model.layer4
-        old = torch.cat([parameter.flatten() for parameter in before.parameters()])
-        new = torch.cat([parameter.flatten() for parameter in after.parameters()])
-        assert drift == pytest.approx(((new - old).norm() / old.norm()).item(), rel=1e-4)
+def test_the_history_says_at_which_rates_it_learned(finished):
+    assert history(finished, "fc_lr", "layer4_lr") == [[1e-3, 1e-3], [1e-3, 1e-3]]
 
 
 def test_a_checkpoint_says_what_was_run(finished):
     saved = checkpoint(finished)  # read with weights_only=True: plain values and tensors
-    settings, facts = saved["settings"], saved["metadata"]
+    settings, metadata = saved["settings"], saved["metadata"]
     assert settings["classes"] == CLASSES
-    assert facts["unfrozen"] == ["layer4", "fc"]
     assert (settings["strategy"], settings["model"]) == ("fc+layer4", "resnet18")
     assert settings["image_size"] == 48
     assert settings["learning_rates"] == "fc=0.001 layer4=0.001"
-    assert facts["trainable_parameters"] == 8_398_858
-    assert facts["torch"] == torch.__version__
+    assert metadata["trainable_parameters"] == 8_398_858
+    assert metadata["torch"] == torch.__version__
     assert len(saved["history"]) == 2
     assert len(checkpoint(finished, 1)["history"]) == 1
 
@@ -125,23 +121,39 @@ def test_a_checkpoint_says_what_was_run(finished):
         ("--unfreeze layer2 --lr layer2=1e-6", "cifar10-fc+layer2-bf16-s0-layer2=1e-06"),
         ("--model resnet50 --image-size 96", "cifar10-fc-bf16-s0-px96-resnet50"),
         ("--frozen-batchnorm train", "cifar10-fc-bf16-s0-mistake"),
+        ("--unfreeze layer4 --tag smooth_0.1", "cifar10-fc+layer4-smooth_0.1-bf16-s0"),
+        ("--val-share 0.1 --test-seed 3", "cifar10-fc-bf16-s0-val0.1-t3"),
     ],
 )
 def test_a_run_is_named_by_what_was_run(words, name):
-    args = parse("--precision", "bf16", *words.split())
-    pixels = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
-    images = data.Images(pixels, torch.arange(2), ("cat", "dog"))
-    assert settings_of(args, images, images, torch.nn.Linear(1, 1)).name == name
+    assert settings(*words.split()).name == name
+
+
+def settings(*words: str, schedule=None) -> Settings:
+    args = parse(*words)
+    few = data.Images(None, None, ("cat", "dog"))
+    images = SimpleNamespace(train=few, hashes={"train": "1", "test": "2"})
+    rates, network = flags.learning_rates(args, train.RECIPE["rates"]), torch.nn.Linear(1, 1)
+    torch.nn.init.zeros_(network.weight), torch.nn.init.zeros_(network.bias)
+    return settings_of(args, rates, "bf16", images, network, args.epochs, schedule, train.__file__)
 
 
 def test_neither_the_length_nor_where_things_lie_tells_runs_apart(tmp_path):
-    pixels = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
-    images = data.Images(pixels, torch.arange(2), ("cat", "dog"))
-    network = torch.nn.Linear(1, 1)
-    one = parse("--unfreeze", "layer3", "layer4")
-    other = parse("--unfreeze", "layer4", "--unfreeze", "layer3", "--lr", "fc=1e-3")
-    other.epochs, other.out, other.data_dir = [50], tmp_path, tmp_path
-    assert settings_of(one, images, images, network) == settings_of(other, images, images, network)
+    one = settings("--unfreeze", "layer3", "layer4")
+    words = ["--unfreeze", "layer4", "--unfreeze", "layer3", "--lr", "fc=1e-3", "--epochs", "50"]
+    other = settings(*words, "--out", str(tmp_path), "--data-dir", str(tmp_path))
+    assert one == other
+
+
+def test_with_a_schedule_the_length_does():
+    one, other = (settings("--epochs", n, schedule=print) for n in ("10", "50"))
+    assert one.name == "cifar10-fc-bf16-s0-e10" and other.name == "cifar10-fc-bf16-s0-e50"
+    assert one != other
+
+
+def test_rates_are_kept_to_the_last_digit():
+    rate = 1 / 3
+    assert settings("--lr", f"fc={rate!r}").rates == {"fc": rate}
 
 
 # ---------------------------------------------------------------- flags
@@ -151,19 +163,34 @@ def test_the_defaults_are_the_experiment():
     args = parse()
     assert (args.dataset, args.weights, args.model) == ("cifar10", "imagenet", "resnet18")
     assert (args.image_size, args.batch_size, args.epochs, args.seed) == (224, 128, [10], 0)
-    assert args.unfreeze == ["fc"]
-    assert parse("--unfreeze", "layer3", "layer4").rates == {
-        "layer3": 1e-5,
-        "layer4": 1e-4,
-        "fc": 1e-3,
-    }
+    assert args.unfreeze == [] and args.tag == ""
+    assert rates("--unfreeze", "layer3", "layer4") == {"layer3": 1e-5, "layer4": 1e-4, "fc": 1e-3}
+    assert (None, None, F.cross_entropy) == (train.SCHEDULE, train.AUGMENT, train.LOSS)
+    assert train.OPTIMIZER.func is torch.optim.Adam
+
+
+def rates(*words: str) -> dict[str, float]:
+    return flags.learning_rates(parse(*words), train.RECIPE["rates"])
+
+
+def test_what_the_user_asked_for_stays_as_it_is(run, monkeypatch):
+    """Nothing writes into args after parsing."""
+    parsed, asked = flags.parse, []
+
+    def noted(*words):
+        asked.append(parsed(*words))
+        asked.append(dict(vars(asked[0])))
+        return asked[0]
+
+    monkeypatch.setattr(flags, "parse", noted)
+    run(*TINY, "--unfreeze", "layer4")
+    assert vars(asked[0]) == asked[1]
 
 
 def test_flags_given_twice_add_up():
     stages = "--unfreeze", "layer4", "--unfreeze", "layer3"
-    args = parse(*stages, "--lr", "fc=1", "--lr", "layer4=2")
-    assert args.unfreeze == ["layer3", "layer4", "fc"]
-    assert args.rates == {"layer3": 1e-5, "layer4": 2, "fc": 1}
+    found = rates(*stages, "--lr", "fc=1", "--lr", "layer4=2")
+    assert found == {"layer3": 1e-5, "layer4": 2, "fc": 1} and list(found)[0] == "layer3"
 
 
 def test_a_stage_without_a_published_rate_takes_one_from_the_user(run, tmp_path, capsys):
@@ -174,7 +201,7 @@ def test_a_stage_without_a_published_rate_takes_one_from_the_user(run, tmp_path,
     folder = run(*TINY, "--unfreeze", "layer2", "--lr", "layer2=1e-6")
     saved = checkpoint(folder, 1)
     assert saved["settings"]["learning_rates"] == "fc=0.001 layer2=1e-06"
-    assert history(folder, "layer2_drift")[0][0] > 0
+    assert history(folder, "layer2_lr")[0][0] == 1e-6
     before = freeze.build("resnet18", 10).state_dict()
     learned = [name for name in before if not torch.equal(saved["model"][name], before[name])]
     assert {name.split(".")[0] for name in learned} == {"layer2", "fc"}

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import compare
 import evaluate
 import plot
 import train
-from plumbing import flags
+from plumbing import cli, flags
 from plumbing.cli import UnfailingStream, paths
 
 SCRIPT = """
@@ -252,3 +253,66 @@ def test_home_is_spelled_out_in_flags(place, flag, name):
 def test_home_is_spelled_out_in_weights(place):
     args = flags.parse("", train.RECIPE, ["--weights=~/x.pth"])
     assert args.weights == str(place / "x.pth")
+
+
+# ---------------------------------------------------------------- progress
+
+
+def on_a_terminal(monkeypatch) -> None:
+    """What is printed from here on goes to a cli."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr(cli, "last_shown", 0.0)
+
+
+@pytest.mark.parametrize("columns", ["0", "40", "200"])
+def test_progress_fits_the_terminal_and_is_wiped(monkeypatch, capsys, columns):
+    on_a_terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", columns)
+    cli.show_line("a long line, " * 20)
+    cli.wipe_line()
+    shown = capsys.readouterr().out.split("\r")
+    assert max(map(len, shown)) < (int(columns) or 81)
+    assert shown[1].startswith("a long line") and not shown[-2].strip()
+
+
+def test_progress_is_shown_ten_times_a_second_at_most(monkeypatch, capsys):
+    on_a_terminal(monkeypatch)
+    now = [100.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    for number in range(10):
+        cli.show_line(f"picture {number}")
+        now[0] += 0.03
+    shown = capsys.readouterr().out.split("\r")
+    assert [line.strip() for line in shown[1:]] == ["picture 0", "picture 4", "picture 8"]
+
+
+def test_nothing_of_it_reaches_a_file_within_a_minute(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "last_shown", cli.time.monotonic())
+    assert list(cli.progress(["one", "two"], "filling")) == ["one", "two"]
+    assert capsys.readouterr().out == ""
+
+
+def test_without_a_terminal_there_is_a_whole_line_a_minute(monkeypatch, capsys):
+    """As with nohup, in a batch system, or behind a notebook's exclamation mark."""
+    now = [1000.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(cli, "last_shown", now[0])
+    for _ in cli.progress(range(25), "epoch 3, step", 100):
+        now[0] += 10
+    out = capsys.readouterr().out
+    steps = [line.split(" of ")[0] for line in out.splitlines()]
+    assert steps == [f"epoch 3, step: {step}" for step in (6, 12, 18, 24)]
+    assert "\r" not in out
+
+
+def test_progress_says_how_far_how_fast_and_how_long_the_run_will_take(monkeypatch, capsys):
+    on_a_terminal(monkeypatch)
+    now = [100.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    items = cli.progress(iter(range(18_000)), "epoch 8, step", 18_000, repeats=2)
+    for _ in range(6000):
+        next(items)
+        now[0] += 0.01
+    next(items)
+    shown = capsys.readouterr().out.split("\r")[-1].strip()
+    assert re.fullmatch("epoch 8, step: 5,99. of 18,000, 100 a second, 8 min left", shown)
