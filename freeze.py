@@ -10,8 +10,8 @@ Freezing takes two things. `requires_grad = False` stops the optimizer, and eval
 BatchNorm, which otherwise normalizes with the batch's statistics and keeps moving its running
 ones, frozen or not (pytorch/pytorch#86590).
 
-Only this file knows what the stages of a network are. Another network is its name in MODELS, and a
-case in `stages`. Imports torch and torchvision, nothing of this repository: copy it into yours.
+Only this file knows what the stages of a network are. Another network is its name in MODELS, a case
+in `stages`, and one in `untrained` if torchvision does not have it. Imports torch and torchvision, nothing of this repository: copy it into yours.
 """
 
 import copy

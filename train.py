@@ -114,8 +114,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # With constant rates ten epochs are the beginning of fifty: one run leaves both.
     for lengths in lengths_of_runs(args.epochs, SCHEDULE):
-        # The pretrained network with a new last layer.
-        model = pretrained(args, images.train.classes).to(device)
+        model = pretrained(args, images.train.classes).to(device)  # with a new last layer
         use_fast_convolutions(model)  # on a CPU
 
         # The run's folder, which knows how far the run has come.

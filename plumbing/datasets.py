@@ -54,18 +54,18 @@ def load_splits(args: Namespace, batchnorm_learns: bool) -> Splits:
         raise UserError("--test-share is for --dataset folder: this data set has test images")
     where = args.data_dir, args.image_size
     train = load(args.dataset, "train", *where, None, args.test_share, args.test_seed)
-    size = tuple(train.pixels.shape[1:3])
+    size, val = tuple(train.pixels.shape[1:3]), None
     same = train.classes, args.test_share, args.test_seed, size
-    test = load(args.dataset, "test", *where, *same)
-    val = None
-    if args.dataset == "folder" and pictures.has_val(args.data_dir):
-        if args.val_share:
-            raise UserError(f"--val-share: {args.data_dir} has validation pictures already")
-        val = load(args.dataset, "val", *where, *same)
+    has_val = args.dataset == "folder" and not args.test_share and pictures.has_val(args.data_dir)
+    if has_val and args.val_share:
+        raise UserError(f"--val-share: {args.data_dir} has validation pictures already")
     if args.val_share:
         train, val = split_off(train, args.val_share, args.test_seed)
     if args.train_size:
         train = stratified_subset(train, args.train_size, args.seed)
+    if has_val:
+        val = load(args.dataset, "val", *where, *same)
+    test = load(args.dataset, "test", *where, *same)
     check(args, train, test, batchnorm_learns)
     splits = {"train": train, "test": test} | ({"val": val} if val else {})
     hashes = {name: fingerprint(images.pixels, images.labels) for name, images in splits.items()}

@@ -56,7 +56,6 @@ class Run:
         self.args, self.settings, self.images = args, settings, images
         self.folder = args.out / settings.name
         self.lengths = self.missing = sorted(set(lengths))
-        self.last_epoch = self.lengths[-1]
         self.started, self.fill_seconds = started, 0.0
         self.checkpoint, self.history, self.parts, self.row = None, [], {}, {}
         self.newest = self.rows = 0  # epochs in the newest checkpoint; rows of history.csv
@@ -65,6 +64,10 @@ class Run:
         self.epoch_started = self.written = time.monotonic()
         self.write_seconds = 0.0  # that the last checkpoint took
         self.correct, self.scores = None, {}  # of the last epoch
+
+    @property
+    def last_epoch(self) -> int:
+        return self.missing[-1]
 
     # ------------------------------------------------------------ what is there already
 

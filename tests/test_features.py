@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import data
+import features
 import freeze
+from data import UserError
 from features import Features
 from plumbing import synthetic
 
@@ -91,8 +93,54 @@ def test_without_a_prefix_they_are_the_pictures_themselves(images):
     assert torch.equal(inputs(torch.arange(20)), data.transform(images, 48))
 
 
-def test_filling_tells_how_far_it_is_and_prints_nothing(images, capsys):
-    heard = []
-    features_of(images).fill(CPU, lambda done, of: heard.append((done, of)))
-    assert heard == [(16, 40), (32, 40), (40, 40)]
+def test_filling_goes_through_what_shows_how_far_it_is_and_prints_nothing(images, capsys):
+    seen = []
+
+    def shown(chunks):
+        for chunk in chunks:
+            seen.append(len(chunk))
+            yield chunk
+
+    features_of(images).fill(CPU, shown)
+    assert seen == [16, 16, 8]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "pixels, found",
+    [
+        (torch.rand(4, 8, 8, 3), "float32 .4, 8, 8, 3."),
+        (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "uint8 .4, 3, 8, 8."),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), "uint8 .8, 8, 3."),
+    ],
+)
+def test_other_pixels_are_refused(pixels, found):
+    """Numbers in [0, 1] would train, and be right 12 times in a hundred."""
+    with pytest.raises(UserError, match=f"must be uint8 .N, H, W, 3. .* not {found}"):
+        features_of(pixels)
+
+
+def test_a_transform_that_is_random_is_refused(images, monkeypatch):
+    def cropped(pixels, size, dtype=torch.float32, flips=None):
+        first = torch.randint(3, ()).item()
+        return data.transform(pixels[:, first : first + 28], size, dtype, flips)
+
+    monkeypatch.setattr(features, "transform", cropped)
+    with pytest.raises(UserError, match="another picture each time.* belongs into AUGMENT"):
+        for _ in range(20):
+            features_of(images)
+
+
+def test_augmented_pictures_are_drawn_by_epoch_and_position_alone(images):
+    prefix, _ = freeze.split(freeze.build("resnet18", 10), "layer1")
+    inputs = Features(prefix, images, 32, CPU, torch.float32, True, data.random_crop)
+    order, flips = data.epoch_order(len(images), 0, 1)
+
+    def epoch(number: int) -> torch.Tensor:
+        generator = data.epoch_generator(3, number, CPU)
+        return torch.cat(list(inputs.batches(8, order, flips, generator)))
+
+    one = epoch(1)
+    torch.manual_seed(99)
+    assert torch.equal(one, epoch(1)) and not torch.equal(one, epoch(2))
+    torch.testing.assert_close(inputs(order[:3]), inputs(order[:3]))  # without a generator: as is

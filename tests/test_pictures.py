@@ -121,7 +121,8 @@ def test_a_split_s_usual_names_are_taken_and_said(tmp_path, capsys, train, test)
 def test_of_test_and_val_the_test_pictures_are_those_in_test_and_that_is_said(tmp_path, capsys):
     data_set(tmp_path, "train/cat/1.png", "val/cat/1.png", "val/cat/2.png", "test/cat/1.png")
     assert len(pictures.folder(tmp_path, "test", 224).labels) == 1
-    said = f"test pictures from {tmp_path / 'test'}; {tmp_path / 'val'} is not looked at\n"
+    assert len(pictures.folder(tmp_path, "val", 224).labels) == 2 and pictures.has_val(tmp_path)
+    said = f"test pictures from {tmp_path / 'test'}\nvalidation pictures from {tmp_path / 'val'}\n"
     assert capsys.readouterr().out == said
 
 
@@ -129,8 +130,8 @@ def test_a_heap_of_test_pictures_is_to_be_named_and_val_is_for_the_test(tmp_path
     """How Kaggle hands out data: nobody knows the classes of the pictures in test/."""
     data_set(tmp_path, "train/cat/1.png", "val/cat/1.png", "test/1.png", "test/2.png")
     assert len(pictures.folder(tmp_path, "test", 224).labels) == 1
-    one, other = capsys.readouterr().out.splitlines()
-    assert one == f"test pictures from {tmp_path / 'val'}"
+    other, one = capsys.readouterr().out.splitlines()
+    assert one == f"test pictures from {tmp_path / 'val'}" and not pictures.has_val(tmp_path)
     assert f"evaluate.py --image {tmp_path / 'test'}" in other
 
 

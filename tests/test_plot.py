@@ -15,6 +15,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 import plot
+from study import pictures
 
 RATES = {"fc": "fc=0.001", "fc+layer4": "fc=0.001 layer4=0.0001"}
 RATES["fc+layer3+layer4"] = "fc=0.001 layer3=1e-05 layer4=0.0001"
@@ -117,17 +118,17 @@ def test_the_table_has_every_seed_and_the_test_set_s_error(study):
 
 def test_a_sweep_takes_runs_of_one_length_and_all_else_equal(study):
     study.add("fc+layer4", 2, size=50, image_size=64)
-    axis = plot.sweep(plot.read(study.folder), "train_images", "training images").axes[0]
+    axis = pictures.sweep(plot.read(study.folder), "train_images", "training images").axes[0]
     labels = [container.get_label() for container in axis.containers]
     assert labels == [f"{name}, 2 epochs" for name in (*plot.STYLES, *VARIANTS)]
     x, y = axis.containers[1].lines[0].get_data()
     expected = [accuracy("fc+layer4", 2, 0.5, size) for size in (100, 1000)]
     assert list(x) == [100, 1000] and y == pytest.approx(expected)
-    assert plot.sweep(largest(study.folder), "train_images", "training images") is None
+    assert pictures.sweep(largest(study.folder), "train_images", "training images") is None
 
 
 def test_the_drift_has_a_line_for_each_stage_and_rate(study):
-    lines = labelled(plot.drift(plot.read(study.folder)).axes[0])
+    lines = labelled(pictures.drift(plot.read(study.folder)).axes[0])
     assert list(lines) == [
         "layer3 at 1e-05, fc+layer3+layer4, 1,000 images",
         "layer4 at 0.0001, fc+layer3+layer4, 1,000 images",
@@ -158,7 +159,7 @@ def test_runs_of_two_sizes_are_never_one_line(tmp_path, capsys, setting, value):
     study.add("fc", 2)
     study.add("fc", 2, **{setting: value})
     plot.main([str(tmp_path)])
-    assert "runs of other sizes: 1" in capsys.readouterr().out
+    assert "not drawn: 1 runs on fewer or smaller images" in capsys.readouterr().out
     groups = plot.by(plot.read(tmp_path), *plot.SIZES)
     assert [len(group) for group in groups.values()] == [1, 1]
 
@@ -171,7 +172,7 @@ def test_every_picture_that_there_is_something_for(study, capsys):
     confusion = "true class,cat,dog\ncat,3,1\ndog,0,4\n"
     (folder / "one/epoch2.confusion.csv").write_text(confusion)
     plot.main([str(folder)])
-    names = ["curves.png", "table.png", "sizes.png", "drift.png"]
+    names = ["curves.png", "table.png"]
     names += ["one/epoch2.confusion.png", "one/epoch2.mistakes/mistakes.png"]
     files = [folder / name for name in names]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]

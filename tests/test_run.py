@@ -313,7 +313,7 @@ def test_a_shorter_length_asked_for_later_does_not_take_a_stopped_run_back(
     out = ["--out", str(whole.parent.with_name("stopped"))]
     run_and_stop(run, monkeypatch, stopped + 1, *flags, "4", *out)
     folder = whole.parent.with_name("stopped") / whole.name
-    seen, rows, score = [], [], train.score
+    seen, rows, score = [], [], train.score_epoch
 
     def looking(*arguments):
         seen.append(newest(folder))

@@ -18,19 +18,20 @@ from torchvision.models import get_model, resnet18
 import freeze
 from data import UserError
 from plumbing import datasets, weights
+from plumbing.settings import name_of_weights
 
 
 def test_weights_from_a_file_whatever_its_classes_and_a_new_fc(tmp_path):
     state = resnet18(num_classes=1000).half().state_dict()
     torch.save(state, tmp_path / "weights.pth")
-    loaded = weights.load(str(tmp_path / "weights.pth"), "resnet18")
+    loaded, _ = weights.load(str(tmp_path / "weights.pth"), "resnet18")
     model = freeze.build("resnet18", 7, loaded)
     assert model.fc.weight.shape == (7, 512)
     for name, tensor in model.state_dict().items():
         if not name.startswith("fc."):
             assert tensor.dtype in (torch.float32, torch.int64)
             assert torch.equal(tensor, state[name].to(tensor.dtype))
-    assert weights.load("none", "resnet18") is None
+    assert weights.load("none", "resnet18") == (None, False)
 
 
 @functools.cache
@@ -41,7 +42,8 @@ def state(model: str = "resnet18") -> dict[str, torch.Tensor]:
 def load(content, model: str = "resnet18") -> dict[str, torch.Tensor]:
     """What is taken of a file with this content."""
     file = Path("weights.pth")
-    return weights.checked(weights.backbone(content, file), file, model)
+    network = freeze.untrained(model)
+    return weights.checked(weights.unwrapped(content, file, network), file, model, network, False)
 
 
 def refused(content, model: str = "resnet18") -> str:
@@ -148,8 +150,8 @@ def test_a_checkpoint_of_train_py_is_weights_too_named_by_its_run(run, capsys):
     first = run(*little, "--unfreeze", "layer4")
     file = first / "epoch1.pt"
     before = torch.load(file, weights_only=True)["model"]
-    assert same(weights.load(str(file), "resnet18"), before)
-    assert weights.name_of(str(file)) == f"{first.name}-epoch1"
+    assert same(weights.load(str(file), "resnet18")[0], before)
+    assert name_of_weights(str(file)) == f"{first.name}-epoch1"
     capsys.readouterr()
     second = run(*little, "--weights", str(file))
     assert 'weights  epoch1.pt: taken out of ["model"]' in capsys.readouterr().out
@@ -290,8 +292,8 @@ def imagenet(monkeypatch, server, tmp_path):
 
 
 def test_imagenet_weights_are_downloaded_once_and_checked(imagenet):
-    assert same(weights.load("imagenet", "resnet18"), state())
-    assert same(weights.load("imagenet", "resnet18"), state())
+    assert same(weights.load("imagenet", "resnet18")[0], state())
+    assert same(weights.load("imagenet", "resnet18")[0], state())
     assert imagenet.asked == [f"/{imagenet.name}"]
     imagenet.file.write_bytes(imagenet.file.read_bytes()[:-9])
     with pytest.raises(UserError, match="damaged.*delete it and put .* from http"):

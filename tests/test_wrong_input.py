@@ -85,7 +85,7 @@ def below(folder: Path) -> dict[Path, tuple[int, int]]:
 
 # fmt: off
 FLAGS = [
-    ("train", ["--unfreeze", "layer9"], "--unfreeze.*'layer9'"),
+    ("train", ["--unfreeze", "layer9"], "--unfreeze layer9: resnet18 has stem"),
     ("train", ["--unfreeze", "layer2"], "--unfreeze layer2.*--lr layer2="),
     ("train", ["--epochs", "0"], "--epochs.*'0'"),
     ("train", ["--epochs", "ten"], "--epochs.*'ten'"),
