@@ -57,6 +57,7 @@ class Features:
             self.pixels = pixels.to(device)
         self.store = None  # [rows, H, W, C]: image i, and from row N on its mirror image
         self.copies = deque()  # CUDA events of the last copies out of the host's memory
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # for these
         one = self.compute(torch.tensor([0]))
         self.shape = (len(pixels) * (1 + mirrored), *one.shape[1:])
         self.bytes = one.nbytes * self.shape[0]
@@ -111,15 +112,19 @@ class Features:
 
     def copy_to_gpu(self, rows: torch.Tensor) -> torch.Tensor:
         """These rows out of the host's memory, gathered into page-locked memory, from which the
-        GPU copies by itself: gathering a batch hides behind the step before. Two batches ahead
-        at most."""
+        GPU copies by itself, on a stream of its own: both hide behind the step before. Two batches
+        ahead at most."""
         if len(self.copies) == 2:
             self.copies.popleft().synchronize()
         shape = (len(rows), *self.shape[1:])
         locked = torch.empty(shape, dtype=self.dtype, pin_memory=True)
         torch.index_select(self.store, 0, rows.cpu(), out=locked)
-        found = locked.to(self.device, non_blocking=True)
-        self.copies.append(torch.cuda.current_stream().record_event())
+        main = torch.cuda.current_stream()
+        with torch.cuda.stream(self.stream):
+            found = locked.to(self.device, non_blocking=True)
+            self.copies.append(self.stream.record_event())
+        main.wait_event(self.copies[-1])
+        found.record_stream(main)
         return found
 
     def fill(self, device: torch.device | str, progress: Callable[[list], Iterable] = iter) -> None:

@@ -6,6 +6,7 @@
 #     bash run_all.sh --demo                             # drawn pictures, no download, 3 minutes
 #     bash run_all.sh --data-dir /data --batch-size 256  # what train.py takes goes to every run
 #     bash run_all.sh --out /tmp/results                 # default: results, or results/demo
+#     bash run_all.sh --tag smooth                       # your recipe beside the published one
 #     bash run_all.sh                                    # the same again: goes on where it stopped
 #     SEEDS="0 1 2" WITH_FC=1 bash run_all.sh            # three seeds, and the fc-only baseline
 #     GPUS="0 1" SEEDS="0 1 2" bash run_all.sh           # two runs at a time, one on each GPU
@@ -17,13 +18,15 @@ refuse() {
     exit 2
 }
 
-out= demo= list= preset=() extra=() with_fc=${WITH_FC:-0}
+out= demo= list= tag=() preset=() extra=() with_fc=${WITH_FC:-0}
 while [ $# -gt 0 ]; do
     case "$1" in
         --demo) demo=yes with_fc=1 ;;
         --list) list=yes ;;
         --out) out=${2:-}; [ -n "$out" ] || refuse "--out needs a folder"; shift ;;
         --out=*) out=${1#--out=} ;;
+        --tag) tag=(--tag "${2:-}"); [ -n "${2:-}" ] || refuse "--tag needs a name"; shift ;;
+        --tag=*) tag=(--tag "${1#--tag=}") ;;
         --unfreeze* | --epochs* | --seed*)
             refuse "the runs set ${1%%=*}; for one run use train.py, for seeds SEEDS=\"0 1 2\"" ;;
         -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0"; exit ;;
@@ -62,12 +65,15 @@ trap "stop 143" TERM
 if [ "$demo" ]; then
     preset=(--dataset synthetic --weights "$out/pretrained.pt" --image-size 32)
     preset+=(--train-size 200 --batch-size 50)
-    started "$python" "$here/train.py" ${extra[@]+"${extra[@]}"} \
-        --dataset synthetic-other --weights none --image-size 32 --train-size 2000 --batch-size 50 \
-        --unfreeze stem layer1 layer2 layer3 layer4 --epochs 5 --out "$out/pretraining" --resume \
-        --lr stem=1e-3 layer1=1e-3 layer2=1e-3 layer3=1e-3 layer4=1e-3
-    cp "$(ls -t "$out"/pretraining/*/epoch5.pt | head -1)" "$out/pretrained.pt"
-    echo
+    if [ ! -e "$out/pretrained.pt" ]; then
+        started "$python" "$here/train.py" ${extra[@]+"${extra[@]}"} \
+            --dataset synthetic-other --weights none --image-size 32 --train-size 2000 \
+            --batch-size 50 --unfreeze stem layer1 layer2 layer3 layer4 --epochs 5 \
+            --lr stem=1e-3 layer1=1e-3 layer2=1e-3 layer3=1e-3 layer4=1e-3 \
+            --out "$out/pretraining" --resume
+        cp "$(ls -t "$out"/pretraining/*/epoch5.pt | head -1)" "$out/pretrained.pt"
+        echo
+    fi
 fi
 
 # The runs, a command each, quoted as bash would have them.
@@ -79,7 +85,7 @@ for seed in ${SEEDS:-0}; do
         # shellcheck disable=SC2086  # the stages are separate words
         commands+=("$(printf '%q ' "$python" "$here/train.py" --unfreeze $names --epochs 10 50 \
             --seed "$seed" --out "$out" --resume \
-            ${preset[@]+"${preset[@]}"} ${extra[@]+"${extra[@]}"})")
+            ${tag[@]+"${tag[@]}"} ${preset[@]+"${preset[@]}"} ${extra[@]+"${extra[@]}"})")
     done
 done
 
@@ -100,7 +106,7 @@ worker() {
         [ -z "$stopped" ] || break
         mkdir "$claims/$i" 2>/dev/null || continue
         echo "GPU $1: ${commands[i]}"
-        CUDA_VISIBLE_DEVICES=$1 bash -c "exec ${commands[i]}" 2>&1 | log "$out/run$i.log" ||
+        RUNS_ON_GPU=$(echo "$GPUS" | tr ' ' '\n' | grep -cx -- "$1") CUDA_VISIBLE_DEVICES=$1 bash -c "exec ${commands[i]}" 2>&1 | log "$out/run$i.log" ||
             echo "failed: see $out/run$i.log: ${commands[i]}" >>"$claims/failed"
     done
 }
@@ -108,6 +114,16 @@ worker() {
 if [ "$list" ]; then
     printf '%s\n' "${commands[@]}"
     exit
+fi
+# One GPU that has room for two runs trains two at a time: the features of both take 33 GB.
+if [ ! "${GPUS+set}" ] && [ ! "$demo" ] && [[ " ${extra[*]-} " != *" --device"* ]]; then
+    gpu=${CUDA_VISIBLE_DEVICES:-0} gpu=${gpu%%,*}
+    free=$(nvidia-smi -i "$gpu" --query-gpu=memory.free --format=csv,noheader,nounits 2>/dev/null) ||
+        free=0
+    if [ "${free%%.*}" -ge 40000 ]; then
+        GPUS="$gpu $gpu"
+        echo "two runs at a time, for which GPU $gpu has room; one at a time: GPUS=$gpu bash run_all.sh"
+    fi
 fi
 if [ "${GPUS:-}" ]; then
     mkdir -p "$out"

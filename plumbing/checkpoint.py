@@ -77,6 +77,8 @@ def load_model(
     settings = checkpoint["settings"]
     where = pick_device(device or checkpoint["metadata"]["device_type"])
     how = pick_precision(precision or settings["precision"], where)
+    if how == "bf16" and not precision and pick_precision("auto", where) == "fp16":
+        how = "fp16"  # a card that emulates bf16 slowly
     model = freeze.build(settings["model"], len(settings["classes"]))
     model.load_state_dict(checkpoint["model"])
     use_fast_convolutions(model)

@@ -54,8 +54,10 @@ class CudaGraphStep:
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         if self.inputs is None:
             self.inputs = [tensor.clone() for tensor in inputs]  # where the record reads from
-        same_shapes = [x.shape for x in inputs] == [x.shape for x in self.inputs]
-        if not self.recordable or not same_shapes:
+        if [x.shape for x in inputs] != [x.shape for x in self.inputs]:
+            with torch.backends.cudnn.flags(benchmark=False):  # no search for one batch an epoch
+                return self.step(*inputs)
+        if not self.recordable:
             return self.step(*inputs)
         self.notice_changes()
         if self.warm < WARM_UP_STEPS:

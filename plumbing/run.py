@@ -34,7 +34,8 @@ from plumbing.machine import device_name
 from plumbing.schedule import load_optimizer
 from plumbing.settings import HASHES, Settings, changed_names
 
-CHECKPOINT_INTERVAL = 20  # times its own writing, before the next one that was not asked for
+# Before the next checkpoint that was not asked for: seconds, and times its own writing.
+CHECKPOINT_SECONDS, CHECKPOINT_INTERVAL = 60, 20
 
 
 class Run:
@@ -61,8 +62,8 @@ class Run:
         self.newest = self.rows = 0  # epochs in the newest checkpoint; rows of history.csv
         self.named = 0  # epochs in the newest epochN.pt
         self.best = -math.inf  # accuracy on the validation pictures
-        self.epoch_started = self.written = time.monotonic()
-        self.write_seconds = 0.0  # that the last checkpoint took
+        self.epoch_started = time.monotonic()
+        self.written, self.write_seconds = -math.inf, 0.0  # when the last checkpoint was, how long
         self.correct, self.scores = None, {}  # of the last epoch
 
     @property
@@ -226,10 +227,11 @@ class Run:
             )
 
     def save(self, epoch: int) -> None:
-        """epochN.pt for a length that was asked for; else latest.pt, but seldom enough that
-        writing takes under a twentieth of the time; best.pt for the best epoch on val; and
+        """epochN.pt for a length that was asked for; else latest.pt, once a minute at most, and
+        seldom enough that writing takes under a twentieth of the time; best.pt for the best epoch on val; and
         history.csv. What has come further is not taken back."""
-        due = time.monotonic() - self.written >= CHECKPOINT_INTERVAL * self.write_seconds
+        interval = max(CHECKPOINT_SECONDS, CHECKPOINT_INTERVAL * self.write_seconds)
+        due = time.monotonic() - self.written >= interval
         if self.scores.get("val_accuracy", -math.inf) > self.best:
             self.best = self.scores["val_accuracy"]
             self.write("best.pt")

@@ -56,8 +56,10 @@ def score_epoch(
     scores, correct = {}, {}
     for split, split_images in images.items():
         size = TEST_BATCH.get(device.type, 128)
-        batches = inputs[split].batches(size)
         count = -(-len(inputs[split]) // size)
+        if device.type == "cuda":  # as equal as can be: cuDNN searches for every size anew
+            size = -(-len(inputs[split]) // count)
+        batches = inputs[split].batches(size)
         batches = progress(batches, f"{split} pictures, batch", count)
         logits = predict(tail, batches, device, precision)
         labels = split_images.labels.to(device)

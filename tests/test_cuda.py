@@ -1,14 +1,21 @@
 """What only a CUDA device can show: pytest -m cuda. Skipped where there is none."""
 
+import functools
+
+import numpy as np
 import pytest
 import torch
 from conftest import checkpoint, history, rows
+from torch import nn
+from torch.optim import lr_scheduler
 
 import data
 import evaluate
 import features
+import freeze
 import train
-from plumbing import cache, synthetic
+from plumbing import cache, machine, synthetic
+from plumbing.graph import CudaGraphStep
 
 pytestmark = pytest.mark.cuda
 LOSSES = ("train_loss", "test_loss")
@@ -74,7 +81,7 @@ def test_a_replayed_run_is_the_ordinary_run(run, monkeypatch, precision):
     last batch."""
     flags = ["--device", "cuda", "--unfreeze", "layer4", "--precision", precision, "--epochs", "5"]
     replayed = history(run(*flags), *LOSSES)
-    monkeypatch.setattr(train, "Replayed", lambda step: step)
+    monkeypatch.setattr(train, "RECORD", False)
     ordinary = history(run(*flags), *LOSSES)
     tolerance = {"fp32": 1e-2}.get(precision, 1e-1)
     torch.testing.assert_close(replayed, ordinary, rtol=tolerance, atol=0)
@@ -89,3 +96,191 @@ def test_a_run_resumed_on_the_device_ends_as_the_uninterrupted_one(run, tmp_path
     assert {file.name for file in parts.iterdir()} == {"history.csv", "epoch2.pt", "epoch4.pt"}
     expected, found = history(whole, *LOSSES), history(parts, *LOSSES)
     torch.testing.assert_close(expected, found, rtol=1e-2, atol=0)
+
+
+# ---------------------------------------------------------------- a recorded step
+
+
+class Learner:
+    """A small tail with an optimizer, and a step of train.py's."""
+
+    def __init__(self, optimizer, precision: str, record: bool):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), freeze.Average()]
+        self.tail = nn.Sequential(*layers, nn.Linear(16, 5)).cuda()
+        groups = [
+            {"name": "fc", "params": list(self.tail[4].parameters()), "lr": 1e-2},
+            {"name": "layer4", "params": list(self.tail[:2].parameters()), "lr": 1e-3},
+        ]
+        self.optimizer, self.said = optimizer(groups), []
+        self.scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+        autocast = machine.autocast(torch.device("cuda"), precision)
+        parts = {"tail": self.tail, "optimizer": self.optimizer, "scaler": self.scaler}
+        self.step = functools.partial(train.train_step, **parts, autocast=autocast)
+        if record:
+            self.step = CudaGraphStep(self.step, self.tail, self.optimizer, self.said.append)
+
+    def __call__(self, number: int, rows: int = 32) -> torch.Tensor:
+        generator = torch.Generator("cuda").manual_seed(number)
+        x = torch.randn(rows, 8, 6, 6, device="cuda", generator=generator)
+        y = torch.randint(5, (rows,), device="cuda", generator=generator)
+        return self.step(x, y).clone()
+
+    def state(self) -> list[torch.Tensor]:
+        return [tensor.detach().clone() for tensor in self.tail.state_dict().values()]
+
+
+OPTIMIZERS = {
+    "Adam": torch.optim.Adam,
+    "fused Adam": functools.partial(torch.optim.Adam, fused=True),
+    "fused AdamW": functools.partial(torch.optim.AdamW, weight_decay=0.1, fused=True),
+    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
+    "fused SGD": functools.partial(torch.optim.SGD, momentum=0.9, fused=True),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_recorded_step_is_an_ordinary_one_step_by_step(optimizer, precision):
+    """With odd batches, a test between, a changed rate, and a stage that is frozen later."""
+    both = [Learner(OPTIMIZERS[optimizer], precision, record) for record in (True, False)]
+    for number in range(30):
+        for learner in both:
+            if number == 12:
+                for group in learner.optimizer.param_groups:
+                    group["lr"] *= 0.1
+            if number == 20:
+                learner.tail[0].requires_grad_(False)
+            if number % 10 == 9:
+                learner.tail.eval()
+                with torch.no_grad():
+                    learner.tail(torch.ones(2, 8, 6, 6, device="cuda"))
+                learner.tail.train()
+        losses = [learner(number, 20 if number % 7 == 6 else 32) for learner in both]
+        torch.testing.assert_close(*losses, rtol=2e-2, atol=2e-2)
+        for one, other in zip(*(learner.state() for learner in both)):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-3)
+    assert torch.ones(1, device="cuda").item() == 1  # the device is as usable as before
+
+
+def test_a_rate_of_zero_after_recording_moves_nothing():
+    learner = Learner(OPTIMIZERS["fused Adam"], "fp32", record=True)
+    for number in range(8):
+        learner(number)
+    assert learner.step.graph is not None and not learner.said
+    for group in learner.optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [parameter.detach().clone() for parameter in learner.tail.parameters()]
+    learner(9)
+    assert learner.step.graph is not None
+    assert all(map(torch.equal, before, learner.tail.parameters()))
+
+
+def test_an_overflow_in_a_replay_moves_nothing_and_halves_the_scale():
+    learner = Learner(OPTIMIZERS["fused Adam"], "fp16", record=True)
+    for number in range(8):
+        learner(number)
+    assert learner.step.graph is not None
+    before, scale = (
+        [p.detach().clone() for p in learner.tail.parameters()],
+        learner.scaler.get_scale(),
+    )
+    x = torch.full((32, 8, 6, 6), 6e4, device="cuda")
+    learner.step(x, torch.zeros(32, dtype=torch.int64, device="cuda"))
+    assert learner.scaler.get_scale() == scale / 2
+    assert all(map(torch.equal, before, learner.tail.parameters()))
+
+
+def test_sgd_in_fp16_is_not_recorded_and_that_is_said():
+    learner = Learner(OPTIMIZERS["SGD"], "fp16", record=True)
+    for number in range(8):
+        learner(number)
+    assert learner.step.graph is None
+    assert learner.said and "it waits for the device" in learner.said[0]
+
+
+def test_mixup_with_numpy_is_not_recorded_and_that_is_said():
+    learner = Learner(OPTIMIZERS["fused Adam"], "fp32", record=False)
+    step, said = learner.step, []
+
+    def mixed(x, y):
+        share = np.random.beta(0.2, 0.2)
+        return step(share * x + (1 - share) * x.flip(0), y)
+
+    learner.step = CudaGraphStep(mixed, learner.tail, learner.optimizer, said.append)
+    for number in range(8):
+        learner(number)
+    assert learner.step.graph is None and "random numbers on the CPU" in said[0]
+
+
+SCHEDULES = {
+    "epochs": lambda optimizer, epochs: lr_scheduler.CosineAnnealingLR(optimizer, epochs),
+    "steps": lambda optimizer, steps: lr_scheduler.LinearLR(optimizer, 0.1, 1.0, steps),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_schedule_takes_effect_and_is_resumed(run, monkeypatch, tmp_path, schedule, precision):
+    monkeypatch.setattr(train, "SCHEDULE", SCHEDULES[schedule])
+    flags = ["--device", "cuda", "--unfreeze", "layer4", "--precision", precision, "--epochs", "4"]
+    recorded = run(*flags)
+    monkeypatch.setattr(train, "RECORD", False)
+    ordinary = run(*flags)
+    columns = "fc_lr", "layer4_lr"
+    assert history(recorded, *columns) == history(ordinary, *columns)
+    torch.testing.assert_close(
+        history(recorded, *LOSSES), history(ordinary, *LOSSES), rtol=1e-1, atol=0
+    )
+
+
+def test_augmented_pictures_train_on_the_device(run, monkeypatch):
+    monkeypatch.setattr(train, "AUGMENT", data.random_crop)
+    flags = ["--device", "cuda", "--unfreeze", "layer4", "--precision", "fp32"]
+    one, two = (history(run(*flags), *LOSSES) for _ in range(2))
+    torch.testing.assert_close(one, two, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("first, second", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_run_begun_on_one_device_goes_on_on_the_other(run, tmp_path, first, second):
+    flags = ["--unfreeze", "layer4", "--precision", "fp32", "--out", str(tmp_path / "out")]
+    run(*flags, "--device", first, "--epochs", "2")
+    folder = run(*flags, "--device", second, "--epochs", "4", "--resume")
+    expected = history(run(*flags[:-2], "--device", second, "--epochs", "4"), *LOSSES)
+    torch.testing.assert_close(history(folder, *LOSSES), expected, rtol=5e-2, atol=0)
+
+
+# ---------------------------------------------------------------- features
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 256, 257])
+def test_any_number_of_rows_is_computed(count):
+    pixels = torch.randint(256, (300, 32, 32, 3), dtype=torch.uint8)
+    prefix, _ = freeze.split(freeze.build("resnet18", 10), "layer2")
+    here = features.Features(prefix, pixels, 64, "cuda", torch.float32, mirrored=True)
+    rows = torch.randperm(600)[:count]
+    found = here.compute(rows).cpu()
+    there = features.Features(prefix.cpu(), pixels, 64, "cpu", torch.float32, mirrored=True)
+    torch.testing.assert_close(found, there.compute(rows), rtol=2e-2, atol=2e-2)
+
+
+def test_a_device_that_is_full_after_all_leaves_the_features_to_the_host(run, monkeypatch, capsys):
+    flags = ["--device", "cuda", "--unfreeze", "layer4", "--image-size", "224", "--epochs", "1"]
+    expected = history(run(*flags), *LOSSES)
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    fill = features.Features.fill
+
+    def starved(self, device, *more):
+        if torch.device(device).type == "cuda":
+            torch.empty(total, dtype=torch.uint8, device="cuda")  # more than the fraction below
+        return fill(self, device, *more)
+
+    monkeypatch.setattr(features.Features, "fill", starved)
+    torch.cuda.set_per_process_memory_fraction(0.5)
+    try:
+        found = history(run(*flags), *LOSSES)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "it does not fit in device memory after all" in capsys.readouterr().out
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)

@@ -354,6 +354,7 @@ def test_each_alternative_goes_on_to_the_last_bit(run, monkeypatch, recipe, prec
     for name, value in RECIPES[recipe].items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(runs, "CHECKPOINT_INTERVAL", 0)
+    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0)
     flags = ["--unfreeze", "layer4", "--epochs", "4", "--image-size", "32", "--train-size", "40"]
     flags += ["--precision", precision]
     whole, score, calls = run(*flags), train.score_epoch, []

@@ -37,6 +37,7 @@ QUICK = (*SMALL, "--image-size", "32")
 def every_epoch(monkeypatch):
     """A checkpoint after every epoch, not now and then."""
     monkeypatch.setattr(runs, "CHECKPOINT_INTERVAL", 0)
+    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0)
 
 
 def start_script(script: str, *flags: str) -> subprocess.Popen:
@@ -112,7 +113,7 @@ def same(one: Path, two: Path, *lengths: int) -> None:
 
 def train_apart(flags: list[str], rarely: float) -> None:
     """train.py in a process of its own, on few test pictures."""
-    runs.CHECKPOINT_INTERVAL = rarely
+    runs.CHECKPOINT_INTERVAL, runs.CHECKPOINT_SECONDS = rarely, rarely / 20
     synthetic.COUNT["test"] = 60
     train.main(flags)
 
