@@ -11,7 +11,9 @@ BatchNorm, which otherwise normalizes with the batch's statistics and keeps movi
 ones, frozen or not (pytorch/pytorch#86590).
 
 Only this file knows what the stages of a network are. Another network is its name in MODELS, a case
-in `stages`, and one in `untrained` if torchvision does not have it. Imports torch and torchvision, nothing of this repository: copy it into yours.
+in `stages`, and one in `untrained` if torchvision does not have it.
+
+Imports torch and torchvision, nothing of this repository: copy it into yours.
 """
 
 import copy

@@ -106,7 +106,8 @@ worker() {
         [ -z "$stopped" ] || break
         mkdir "$claims/$i" 2>/dev/null || continue
         echo "GPU $1: ${commands[i]}"
-        RUNS_ON_GPU=$(echo "$GPUS" | tr ' ' '\n' | grep -cx -- "$1") CUDA_VISIBLE_DEVICES=$1 bash -c "exec ${commands[i]}" 2>&1 | log "$out/run$i.log" ||
+        export RUNS_ON_GPU=$(echo "$GPUS" | tr ' ' '\n' | grep -cx -- "$1") # which share it
+        CUDA_VISIBLE_DEVICES=$1 bash -c "exec ${commands[i]}" 2>&1 | log "$out/run$i.log" ||
             echo "failed: see $out/run$i.log: ${commands[i]}" >>"$claims/failed"
     done
 }
@@ -118,11 +119,11 @@ fi
 # One GPU that has room for two runs trains two at a time: the features of both take 33 GB.
 if [ ! "${GPUS+set}" ] && [ ! "$demo" ] && [[ " ${extra[*]-} " != *" --device"* ]]; then
     gpu=${CUDA_VISIBLE_DEVICES:-0} gpu=${gpu%%,*}
-    free=$(nvidia-smi -i "$gpu" --query-gpu=memory.free --format=csv,noheader,nounits 2>/dev/null) ||
-        free=0
-    if [ "${free%%.*}" -ge 40000 ]; then
+    ask=(nvidia-smi -i "$gpu" --query-gpu=memory.free --format=csv,noheader,nounits)
+    free=$("${ask[@]}" 2>/dev/null) || free=0
+    if [ "$free" -ge 40000 ]; then # MB
         GPUS="$gpu $gpu"
-        echo "two runs at a time, for which GPU $gpu has room; one at a time: GPUS=$gpu bash run_all.sh"
+        echo "two runs at a time, for which GPU $gpu has room (one at a time: GPUS=$gpu)"
     fi
 fi
 if [ "${GPUS:-}" ]; then

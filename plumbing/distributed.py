@@ -50,8 +50,10 @@ def init(name: str) -> torch.device:
 
 
 def destroy() -> None:
-    """At the end of a run that went well: after an error NCCL would wait here for the others."""
+    """At the end of a run that went well: after an error NCCL would wait here for the others. All
+    leave together: one that is left behind by the others is sometimes aborted as it ends."""
     if world_size() > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -228,8 +228,8 @@ class Run:
 
     def save(self, epoch: int) -> None:
         """epochN.pt for a length that was asked for; else latest.pt, once a minute at most, and
-        seldom enough that writing takes under a twentieth of the time; best.pt for the best epoch on val; and
-        history.csv. What has come further is not taken back."""
+        seldom enough that writing takes under a twentieth of the time; best.pt for the best epoch
+        on val; and history.csv. What has come further is not taken back."""
         interval = max(CHECKPOINT_SECONDS, CHECKPOINT_INTERVAL * self.write_seconds)
         due = time.monotonic() - self.written >= interval
         if self.scores.get("val_accuracy", -math.inf) > self.best:

@@ -29,7 +29,7 @@ def apart(folder: str, words: list[str], log: str) -> None:
     """A command of the copy, in a process of its own that has torch already."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115  # until it ends
     sys.path[:] = [folder, *(path for path in sys.path if path not in ("", str(ROOT)))]
     for name, module in list(sys.modules.items()):  # the copy's own are to be imported
         if str(getattr(module, "__file__", None)).startswith(str(ROOT)):

@@ -9,11 +9,12 @@ from conftest import ROOT
 
 ROOMS = ("freeze", "data", "features")
 COMMANDS = ("train", "evaluate", "compare")
+TOP = (*ROOMS, *COMMANDS, "example", "plot")
 OTHERS_FOR_ROOMS = {"torch", "torchvision", "numpy", "PIL"}
 NOT_ON_WINDOWS = {"fcntl", "resource", "pwd", "grp", "termios", "pty", "tty", "syslog"}
 PLUMBING = {f"plumbing.{file.stem}" for file in (ROOT / "plumbing").glob("*.py")}
 STUDY = {f"study.{file.stem}" for file in (ROOT / "study").glob("*.py")}
-OURS = {*ROOMS, *COMMANDS, "plot", "plumbing", "study", *PLUMBING, *STUDY}
+OURS = {*TOP, "plumbing", "study", *PLUMBING, *STUDY}
 PYTHON = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("study/*.py")])
 SHELL = sorted([*ROOT.glob("*.sh"), *ROOT.glob("tests/*.sh")])
 TESTS = sorted((ROOT / "tests").glob("*.py"))
@@ -76,6 +77,11 @@ def test_a_room_imports_nothing_of_ours(room):
     if room == "features":
         allowed = {"data:UserError", "data:transform"}
     assert mine == allowed and others(room) <= OTHERS_FOR_ROOMS
+
+
+def test_the_example_needs_the_rooms_alone():
+    assert ours("example") == set(ROOMS)
+    assert others("example") <= OTHERS_FOR_ROOMS
 
 
 @pytest.mark.parametrize("room", ROOMS)

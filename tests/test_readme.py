@@ -3,16 +3,21 @@
 import contextlib
 import io
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, history
 from PIL import Image
 
 import data
 import evaluate
+import example
 import freeze
+from plumbing import synthetic
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
 
@@ -46,3 +51,59 @@ def test_a_trained_network_in_one_s_own_script_says_what_evaluate_says(
     classes = [names["settings"]["classes"][i] for i in probabilities.indices[:5]]
     assert likely == [f"{n} {p:.1%}" for n, p in zip(classes, probabilities.values)]
     assert printed.getvalue().strip() == classes[0]
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.ja.md"])
+def test_the_code_that_is_quoted_from_example_py_stands_there(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+    (quoted,) = [block for block in blocks if "inputs.fill(DEVICE)" in block]
+    example = [line.strip() for line in (ROOT / "example.py").read_text().splitlines()]
+    places = [example.index(line.strip()) for line in quoted.splitlines() if line != "..."]
+    assert places == sorted(places) and len(places) > 5
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.ja.md"])
+def test_what_is_said_to_be_edited_is_there(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    recipe, loop = (ROOT / "train.py").read_text().split("def train_step", 1)
+    for name in ("OPTIMIZER", "SCHEDULE", "LOSS", "AUGMENT"):
+        assert f"`{name}`" in text and re.search(f"^{name} = ", recipe, re.M)
+    for words in ("def fine_tune", "run.keep(", "freeze.train_mode(model)", "def train_epoch"):
+        assert words in loop
+    assert "def metrics(" in (ROOT / "plumbing/scoring.py").read_text()
+    linked = set(re.findall(r"\]\(((?!http)[^)#]+)", text))
+    assert not [name for name in linked if not (ROOT / name).exists()]
+
+
+# ---------------------------------------------------------------- example.py
+
+
+def test_the_example_learns_what_train_py_learns(run, monkeypatch):
+    """On the same pictures, order and flips, from the same random weights: to rounding, which Adam
+    makes grow."""
+    few = data.stratified_subset(synthetic.load("train"), 60, seed=0)
+    test = synthetic.load("test")
+    flags = ["--unfreeze", "layer4", "--image-size", "48", "--batch-size", "25", "--epochs", "2"]
+    expected = history(run(*flags), "train_loss", "test_accuracy")
+
+    def pairs(images: data.Images) -> list:
+        pictures = map(Image.fromarray, images.pixels.numpy())
+        return list(zip(pictures, images.labels.tolist()))
+
+    settings = {"TRAIN": pairs(few), "TEST": pairs(test), "SIZE": 48, "BATCH": 25, "EPOCHS": 2}
+    for name, value in (settings | {"DEVICE": "cpu"}).items():
+        monkeypatch.setattr(example, name, value)
+    found = example.main()
+    assert [loss for loss, _ in found] == pytest.approx([row[0] for row in expected], rel=2e-3)
+    assert [right for _, right in found] == pytest.approx([row[1] for row in expected], abs=0.05)
+
+
+def test_the_example_learns_its_own_pictures_and_needs_the_rooms_alone(tmp_path):
+    for name in ("example", "freeze", "data", "features"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    words = [sys.executable, "example.py"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, last, _ = done.stdout.splitlines()
+    assert last.startswith("epoch 4") and float(last.split()[-1].rstrip("%")) > 75

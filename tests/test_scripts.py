@@ -20,7 +20,7 @@ note() {
         line="$line $word"
     done
     if [ -n "$CUDA_VISIBLE_DEVICES" ]; then
-        line=" gpu $CUDA_VISIBLE_DEVICES:$line"
+        line=" gpu $CUDA_VISIBLE_DEVICES${RUNS_ON_GPU:+ of $RUNS_ON_GPU}:$line"
         echo "warning: not the run"
         echo results/a-run
         echo "    1/50        0.5    80.00%"
@@ -188,13 +188,50 @@ def test_runs_on_several_gpus_are_each_made_once_and_the_others_finish(scripts, 
     runs = [line for line in log if "train.py" in line]
     assert done.returncode == 1
     assert len(runs) == len({line.partition(": ")[2] for line in runs}) == 4
-    assert {line[:6] for line in runs} <= {"gpu 0:", "gpu 5:"}
+    assert {line[:6] for line in runs} <= {"gpu 0 ", "gpu 5 "}
     assert done.stderr.count("failed: see results/run") == 2
     assert done.stdout.count("results/a-run     1/50        0.5    80.00%") == 4
     assert "a-run" in (tmp_path / "results/run3.log").read_text()
     assert not any("compare.py" in line for line in log)
     done, log = scripts("run_all.sh", GPUS="0 5")
     assert done.returncode == 0 and "compare.py" in log[-2]
+
+
+@pytest.mark.parametrize("free, asked, two", [(60_000, {}, True), (20_000, {}, False)])
+@pytest.mark.parametrize("more", [{}, {"GPUS": "0"}, {"CUDA_VISIBLE_DEVICES": "3,4"}])
+def test_one_gpu_that_has_room_for_two_runs_makes_two_at_a_time(
+    scripts, tmp_path, free, asked, two, more
+):
+    """Each with its share of the memory."""
+    write_program(
+        tmp_path / "bin/nvidia-smi", f"#!/bin/sh\necho $2 >> {tmp_path}/smi\necho {free}\n"
+    )
+    done, log = scripts("run_all.sh", **more)
+    assert done.returncode == 0, done.stderr
+    gpu = more.get("CUDA_VISIBLE_DEVICES", "0")[0]
+    runs = [line for line in log if "train.py" in line]
+    if more == {"GPUS": "0"}:
+        assert "two runs at a time" not in done.stdout and len(runs) == 2
+        assert runs[0].startswith("gpu 0 of 1: ")
+        return
+    assert (f"two runs at a time, for which GPU {gpu} has room" in done.stdout) == two
+    assert (tmp_path / "smi").read_text().split() == [gpu]
+    assert all(line.startswith(f"gpu {gpu} of 2: ") for line in runs) == two
+
+
+def test_a_tag_goes_to_the_runs_and_not_to_the_pretraining(scripts, tmp_path):
+    trained = tmp_path / "results/demo/pretraining/a run/epoch5.pt"
+    trained.parent.mkdir(parents=True)
+    trained.touch()
+    for words in (["--tag", "smooth"], ["--tag=smooth"]):
+        (tmp_path / "log").unlink(missing_ok=True)
+        (tmp_path / "results/demo/pretrained.pt").unlink(missing_ok=True)
+        done, (pretraining, *runs, _, _) = scripts("run_all.sh", "--demo", *words)
+        assert done.returncode == 0 and "--tag" not in pretraining
+        assert len(runs) == 3 and all(" --tag smooth " in line for line in runs)
+    (tmp_path / "log").unlink()
+    _, log = scripts("run_all.sh", "--demo", "--tag", "other")  # what is pretrained stays
+    assert not any("synthetic-other" in line for line in log)
 
 
 def test_who_stops_run_all_stops_the_runs_on_all_gpus(scripts, tmp_path):
