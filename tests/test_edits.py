@@ -31,8 +31,9 @@ def apart(folder: str, words: list[str], log: str) -> None:
     os.dup2(output, 1), os.dup2(output, 2)
     sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115  # until it ends
     sys.path[:] = [folder, *(path for path in sys.path if path not in ("", str(ROOT)))]
+    ours = {ROOT, ROOT / "plumbing", ROOT / "study"}
     for name, module in list(sys.modules.items()):  # the copy's own are to be imported
-        if str(getattr(module, "__file__", None)).startswith(str(ROOT)):
+        if Path(getattr(module, "__file__", None) or "/").parent in ours:
             del sys.modules[name]
     os.chdir(folder)
     sys.argv = words

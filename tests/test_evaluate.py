@@ -247,3 +247,18 @@ def test_your_own_pictures_from_training_to_scoring(tmp_path, capsys):
     assert scores.split()[3] == "20"
     shutil.rmtree(moved / "test")  # a checkpoint whose pictures are gone is named
     assert str(file) in complaint(evaluate.main, [file], capsys)
+
+
+def test_bf16_is_scored_in_fp16_on_a_card_that_emulates_it(finished, monkeypatch):
+    """As on a T4; unless bf16 is asked for."""
+
+    def older_card(name: str, _) -> str:
+        return "fp16" if name == "auto" else name
+
+    monkeypatch.setattr("plumbing.checkpoint.pick_precision", older_card)
+    saved = checkpoint(finished)
+    saved["settings"]["precision"] = "bf16"
+    assert load_model(saved, "cpu").precision == "fp16"
+    assert load_model(saved, "cpu", "bf16").precision == "bf16"
+    saved["settings"]["precision"] = "fp32"
+    assert load_model(saved, "cpu").precision == "fp32"
