@@ -20,7 +20,7 @@ from pathlib import Path
 from data import UserError
 from plumbing.checkpoint import read_checkpoint, summary_row
 from plumbing.cli import Parser, command, output, paths
-from plumbing.files import check_writable, write_csv
+from plumbing.files import check_writable, write_csv, write_rows
 from plumbing.report import print_row
 from plumbing.verdict import paired, spreads, verdict
 
@@ -52,13 +52,15 @@ def main(argv: list[str] | None = None) -> None:
     for path in args.checkpoints:
         try:
             checkpoint = read_checkpoint(path)
-            rows.append(report(path, checkpoint, header=not rows))
+            row = summary_row(path, checkpoint, checkpoint["scores"])
+            print_row(row, header=not rows or row.keys() != rows[-1].keys())
+            rows.append(row)
             runs.append(checkpoint)
         except UserError as error:  # said, and the others compared all the same
             print(f"compare.py: error: {error}", file=sys.stderr, flush=True)
             failed = True
     if args.csv and rows:
-        write_csv(args.csv, rows[0], [row.values() for row in rows])
+        write_rows(args.csv, rows)
     for line in spreads(rows, runs):
         print(line)
     lines = list(verdict(rows, runs))
@@ -68,13 +70,6 @@ def main(argv: list[str] | None = None) -> None:
         print(line)
     if failed:
         sys.exit(2)
-
-
-def report(path: str, checkpoint: dict, header: bool) -> dict:
-    """Print a checkpoint's line of the table, and give its row of the CSV."""
-    row = summary_row(path, checkpoint, checkpoint["scores"])
-    print_row(row, header)
-    return row
 
 
 # ---------------------------------------------------------------- image by image

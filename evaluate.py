@@ -24,11 +24,12 @@ from data import Images, UserError, read_picture
 from plumbing import datasets, machine
 from plumbing.checkpoint import Trained, load_model, read_checkpoint, summary_row
 from plumbing.cli import Parser, command, output, paths
-from plumbing.files import check_writable, write_csv, write_file
+from plumbing.files import check_writable, write_csv, write_file, write_rows
 from plumbing.flags import folder
 from plumbing.pictures import find_pictures
 from plumbing.report import print_row
 from plumbing.scoring import metrics, predict, prepared
+from plumbing.settings import ROOT, changed_names, in_words, recipe_code
 
 MISTAKES = 12  # the most confident ones, which --per-class keeps as pictures
 
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in args.checkpoints:
         try:
             trained = load_model(read_checkpoint(path), args.device, args.precision)
+            warn_of_other_code(path, trained)
             if args.image:
                 rows = name_pictures(path, trained, pictures)
                 failed |= len(rows) < len(pictures)
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             complain(about)
             failed = True
     if args.csv and rows:
-        write_csv(args.csv, rows[0], [row.values() for row in rows])
+        write_rows(args.csv, rows)
     if failed:
         sys.exit(2)
 
@@ -105,6 +107,14 @@ def score_one(
     if args.per_class:
         report_classes(Path(path), logits, images)
     return row
+
+
+def warn_of_other_code(path: str, trained: Trained) -> None:
+    """A network is scored with today's transform and stages, whatever it was trained with."""
+    before, now = trained.checkpoint["settings"]["code"], recipe_code(ROOT / "train.py")
+    changed = {name for name in changed_names(before, now) if name.startswith(("data.", "freeze."))}
+    if changed:
+        print(f"warning: {path} was trained with another {in_words(changed)}", flush=True)
 
 
 def complain(error: UserError | str) -> None:

@@ -7,7 +7,7 @@ Nothing is saved, resumed or recorded here: every change takes effect. What to c
     your pictures     TRAIN = datasets.ImageFolder("pictures/train"), and TEST likewise
     CIFAR-10          TRAIN = datasets.CIFAR10("data", train=True, download=True), and TEST
     ImageNet weights  STATE = models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(), SIZE = 224
-    what learns       UNFROZEN, in the order that the stages run, and a rate for each in RATES
+    what learns       UNFROZEN, and a rate for each in RATES
     the network       MODEL, one of freeze.MODELS; another one needs its stages in freeze.py
     all else          OPTIMIZER, EPOCHS, BATCH, and the loop
 """
@@ -43,6 +43,7 @@ def draw(count: int, seed: int) -> list[tuple[Image.Image, int]]:
 TRAIN, TEST = draw(600, seed=0), draw(300, seed=1)
 MODEL, STATE, SIZE = "resnet18", None, 64
 UNFROZEN, RATES = ["layer4", "fc"], freeze.LEARNING_RATES
+STAGES = freeze.stage_names(MODEL)  # in the order that they run
 OPTIMIZER, EPOCHS, BATCH = torch.optim.Adam, 4, 50
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -61,7 +62,7 @@ def main() -> list[tuple[float, float]]:
     # Everything but what learns is frozen, cut off, and computed once for each picture and flip.
     model = freeze.build(MODEL, len(labels.unique()), STATE).to(DEVICE)
     freeze.freeze(model, UNFROZEN)
-    prefix, tail = freeze.split(model, UNFROZEN[0])
+    prefix, tail = freeze.split(model, next(name for name in STAGES if name in UNFROZEN))
     inputs = features.Features(prefix, pixels, SIZE, DEVICE, torch.float32, mirrored=True)
     test = features.Features(prefix, test_pixels, SIZE, DEVICE, torch.float32, mirrored=False)
     inputs.fill(DEVICE)
@@ -69,7 +70,7 @@ def main() -> list[tuple[float, float]]:
 
     optimizer = OPTIMIZER(freeze.param_groups(model, RATES))
     for epoch in range(1, EPOCHS + 1):
-        freeze.train_mode(model)  # not model.train()
+        freeze.train_mode(tail)  # not tail.train()
         order, flips = data.epoch_order(len(inputs), seed=0, epoch=epoch)
         total = 0
         for x, y in zip(inputs.batches(BATCH, order, flips), labels[order.to(DEVICE)].split(BATCH)):

@@ -1,11 +1,11 @@
 """What the trainable tail sees: the frozen prefix's output for (image, flip), computed once.
 
     prefix, tail = freeze.split(model, "layer4")
-    inputs = Features(prefix, train.pixels, 224, device, torch.bfloat16, mirrored=True)
+    inputs = Features(prefix, train.pixels, 224, device, torch.float32, mirrored=True)
     inputs.fill(device)                                        # once
     order, flips = epoch_order(len(inputs), seed=0, epoch=1)   # in every epoch
     for x, y in zip(inputs.batches(128, order, flips), train.labels[order].split(128)):
-        loss = F.cross_entropy(tail(x), y)
+        loss = F.cross_entropy(tail(x), y.to(device))
 
 The prefix is frozen and in eval mode and the only augmentation is a mirror image, so an image
 has exactly two inputs to the tail. Computed once each, they turn every later epoch's pass
@@ -79,6 +79,8 @@ class Features:
         """Features of all images, `size` at a time, or as many as each of `size`: in `order`,
         int64 [N], or as they come; mirrored where `flips`, bool [N] by image; augmented, if they
         are, by what is drawn from `generator`."""
+        if self.augment and generator is None:
+            raise UserError("augmented features take a generator: data.epoch_generator makes one")
         rows = torch.arange(len(self)) if order is None else order
         if flips is not None:
             rows = rows + len(self) * flips[rows]
@@ -130,6 +132,8 @@ class Features:
     def fill(self, device: torch.device | str, progress: Callable[[list], Iterable] = iter) -> None:
         """Compute every feature once and keep it on `device`, the GPU or the CPU. progress: goes
         through a list and shows how far it is, such as tqdm."""
+        if self.augment:
+            raise UserError("augmented features are others in every epoch: they cannot be filled")
         store = torch.empty(self.shape, dtype=self.dtype, device=device)
         for rows in progress(torch.arange(len(store)).split(self.chunk)):
             store[rows[0] : rows[-1] + 1] = self.compute(rows)

@@ -50,26 +50,24 @@ def build(
     whose last layer is thrown away unless keep_head. Everything random comes from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if state is None:
-            model = untrained(name, num_classes)
-        else:
-            model = untrained(name)
-            last = last_layer(model)
-            features = model.get_submodule(last).in_features
+        model = untrained(name)
+        last = last_layer(model)
+        features = model.get_submodule(last).in_features
+        if state is not None:
+            backbone = {key: state[key] for key in state if not key.startswith(f"{last}.")}
             set_submodule(model, last, nn.Identity())
-            head = {key: value for key, value in state.items() if key.startswith(f"{last}.")}
-            model.load_state_dict({key: state[key] for key in state if key not in head})
-            set_submodule(model, last, nn.Linear(features, num_classes))
-            if keep_head:
-                model.load_state_dict(dict(state))
+            model.load_state_dict(backbone)
+        set_submodule(model, last, nn.Linear(features, num_classes))
+        if keep_head:
+            model.load_state_dict(dict(state))
     return model.to(memory_format=torch.channels_last)
 
 
-def untrained(name: str, num_classes: int = 1000) -> nn.Module:
+def untrained(name: str) -> nn.Module:
     """One of torchvision's networks, with random weights."""
     from torchvision.models import get_model  # here: to import it takes as long as torch itself
 
-    return get_model(name, weights=None, num_classes=num_classes)
+    return get_model(name, weights=None)
 
 
 def last_layer(model: nn.Module) -> str:

@@ -108,7 +108,7 @@ worker() {
         echo "GPU $1: ${commands[i]}"
         export RUNS_ON_GPU=$(echo "$GPUS" | tr ' ' '\n' | grep -cx -- "$1") # which share it
         CUDA_VISIBLE_DEVICES=$1 bash -c "exec ${commands[i]}" 2>&1 | log "$out/run$i.log" ||
-            echo "failed: see $out/run$i.log: ${commands[i]}" >>"$claims/failed"
+            echo "failed: $(tail -n 1 "$out/run$i.log") ($out/run$i.log)" >>"$claims/failed"
     done
 }
 
@@ -118,9 +118,9 @@ if [ "$list" ]; then
 fi
 # One GPU that has room for two runs trains two at a time: the features of both take 33 GB.
 if [ ! "${GPUS+set}" ] && [ ! "$demo" ] && [[ " ${extra[*]-} " != *" --device"* ]]; then
-    gpu=${CUDA_VISIBLE_DEVICES:-0} gpu=${gpu%%,*}
+    gpu=${CUDA_VISIBLE_DEVICES-0} gpu=${gpu%%,*} # none, if it is set to nothing
     ask=(nvidia-smi -i "$gpu" --query-gpu=memory.free --format=csv,noheader,nounits)
-    free=$("${ask[@]}" 2>/dev/null) || free=0
+    free=$([ "$gpu" ] && "${ask[@]}" 2>/dev/null) || free=0
     if [ "$free" -ge 40000 ]; then # MB
         GPUS="$gpu $gpu"
         echo "two runs at a time, for which GPU $gpu has room (one at a time: GPUS=$gpu)"

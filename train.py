@@ -30,7 +30,6 @@ from features import Features
 from plumbing import cache, datasets, distributed, flags, machine, report
 from plumbing.cli import command, progress
 from plumbing.convolution import use_fast_convolutions
-from plumbing.datasets import Splits
 from plumbing.graph import CudaGraphStep
 from plumbing.run import Run
 from plumbing.schedule import Schedule, lengths_of_runs
@@ -49,8 +48,8 @@ RECIPE = {
     "batch_size": 128,  # the one line that the publication does not state
     "epochs": [10],
 }
-# Or (torch.optim.AdamW, weight_decay=0.01, fused=True), or (torch.optim.SGD, momentum=0.9), which
-# needs other rates: --lr fc=0.03 layer4=0.01 layer3=0.003
+# Or (torch.optim.AdamW, weight_decay=0.01, fused=True); or (torch.optim.SGD, momentum=0.9), with
+# "rates": {"fc": 0.03, "layer4": 0.01, "layer3": 0.003} above.
 OPTIMIZER = functools.partial(torch.optim.Adam, fused=True)
 # Constant, as published. Or a function of (optimizer, epochs), or of (optimizer, steps), that gives
 # a scheduler: lambda optimizer, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -116,7 +115,6 @@ def main(argv: list[str] | None = None) -> None:
     for lengths in lengths_of_runs(args.epochs, SCHEDULE):
         model = pretrained(args, images.train.classes).to(device)  # with a new last layer
         use_fast_convolutions(model)  # on a CPU
-
         # The run's folder, which knows how far the run has come.
         settings = settings_of(args, rates, precision, images, model, lengths, SCHEDULE, __file__)
         with Run(args, settings, lengths, images, started) as run:
@@ -127,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         started = time.monotonic()
 
 
-def fine_tune(run: Run, model: nn.Module, images: Splits, device: torch.device) -> None:
+def fine_tune(run: Run, model: nn.Module, images: datasets.Splits, device: torch.device) -> None:
     """Train what is still missing of a run."""
     # Freeze, and compute once what the frozen part makes of every picture.
     settings = run.settings
@@ -144,29 +142,30 @@ def fine_tune(run: Run, model: nn.Module, images: Splits, device: torch.device) 
     step = functools.partial(train_step, **learns)
     if RECORD and device.type == "cuda" and settings.ranks == 1:
         step = CudaGraphStep(step, tail, optimizer)  # hundreds of launches, replayed as one
-    steps = -(-len(labels) // settings.batch_size)
+    steps = -(-(images.train_images // settings.ranks) // settings.batch_size)
     schedule = Schedule(SCHEDULE, optimizer, run.last_epoch, run.last_epoch * steps)
     run.restore({"model": model, "optimizer": optimizer, "scaler": scaler, "schedule": schedule})
 
     # Train, test, keep. The order and the flips of an epoch come from the seed and its number.
     for epoch in run.epochs():
-        freeze.train_mode(model)  # not model.train()
+        freeze.train_mode(tail)  # not tail.train()
         if settings.frozen_batchnorm == "train":
-            model.train()  # the usual mistake, to see what it costs
+            tail.train()  # the usual mistake, to see what it costs
         order, flips = data.epoch_order(images.train_images, settings.seed, epoch)
         order, flips, sizes = distributed.local_epoch(order, flips, settings.batch_size)
         generator = data.epoch_generator(settings.seed, epoch, device)
+        torch.manual_seed(generator.initial_seed())  # for Dropout
         batches = inputs["train"].batches(sizes, order, flips, generator)
         batches = progress(batches, f"epoch {epoch}, step", steps, run.last_epoch - epoch)
         targets = labels[order.to(device)].split(sizes)
         trained = train_epoch(step, batches, targets, schedule.after_step)
-        run.trained(trained, len(labels))
-        scores, correct = score_epoch(tail, inputs, images.watched(), device, settings.precision)
+        run.trained(tail, trained, len(labels))
+        scores, correct = score_epoch(tail, inputs, images.watched(), settings, device)
         run.keep(epoch, scores, correct)
 
 
 def freeze_and_split(
-    model: nn.Module, images: Splits, settings: Settings, device: torch.device
+    model: nn.Module, images: datasets.Splits, settings: Settings, device: torch.device
 ) -> tuple[nn.Module, dict[str, Features]]:
     """The part that learns, and its inputs for train, test and val, not computed yet."""
     freeze.freeze(model, settings.unfrozen)

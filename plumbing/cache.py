@@ -70,7 +70,7 @@ def keep(
         first = sum(map(len, own))
         if first < len(feature):
             own.append(piece(feature, first, len(feature) - first))
-    print_uncached(features, pieces, wanted, any(constant))
+    print_uncached(features, pieces, wanted)
     kept = [own[0] if len(own) == 1 else Pieces(own) for own in pieces]
     return dict(zip(inputs, kept)), seconds
 
@@ -184,10 +184,10 @@ def refuse(wanted: str, features: Sequence[Features], spare: int, free: int) -> 
 
 
 def print_uncached(
-    features: Sequence[Features], pieces: Sequence[list[Features]], wanted: str, constant: bool
+    features: Sequence[Features], pieces: Sequence[list[Features]], wanted: str
 ) -> None:
     """What goes through the frozen part in every epoch, and why."""
-    if not constant and not any(feature.augment for feature in features):
+    if not any(len(feature.prefix) for feature in features):
         print("cache    off: no stage's output stays the same", flush=True)
         return
     if any(feature.augment for feature in features):

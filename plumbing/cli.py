@@ -5,7 +5,7 @@
     if __name__ == "__main__":
         command(main, "go on with --resume", "lower --batch-size")     # a script's last line
 
-What the user can put right ends in one line. What nobody outside can ends in a traceback.
+What the user can put right ends in one line; an error of ours, in a traceback.
 """
 
 import argparse

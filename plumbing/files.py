@@ -54,6 +54,12 @@ def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable])
     write_file(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
+def write_rows(path: str | Path, rows: list[dict]) -> None:
+    """A CSV file of rows by column; what only some rows have is blank in the others."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    write_csv(path, columns, [[row.get(name, "") for name in columns] for row in rows])
+
+
 def check_writable(file: str | Path) -> None:
     """Raises the UserError that write_file would: to be told before hours of work, not after."""
     file = Path(file).absolute()

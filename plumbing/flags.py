@@ -15,8 +15,13 @@ from plumbing.machine import PRECISIONS, device_flag
 
 
 def parse(description: str, recipe: dict, argv: list[str] | None) -> argparse.Namespace:
-    """What the user asked for, and nothing else. recipe: the defaults."""
-    return parser(description, recipe).parse_args(argv)
+    """What the user asked for, and nothing else. recipe: the defaults. Raises UserError for one
+    that is none."""
+    args = parser(description, recipe).parse_args(argv)
+    for name, known in {"model": freeze.MODELS, "dataset": DATASETS}.items():
+        if getattr(args, name) not in known:
+            raise UserError(f"RECIPE: {name} {getattr(args, name)!r} is none of {', '.join(known)}")
+    return args
 
 
 def learning_rates(args: argparse.Namespace, published: dict[str, float]) -> dict[str, float]:
@@ -51,7 +56,7 @@ def parser(description: str, recipe: dict) -> Parser:
     add("--lr", action="extend", type=stage_rate, nargs="+", default=[], metavar="STAGE=RATE",
         help=f"learning rates other than {rates}")
     add("--epochs", type=whole_number(1), nargs="+",
-        help="of several, each leaves a checkpoint (default: 10)")
+        help="of several, each leaves a checkpoint (default: %(default)s)")
     add("--tag", type=tag, default="", metavar="NAME",
         help="what you call a variation of the recipe, in the run's name and in every table")
     add("--frozen-batchnorm", choices=["eval", "train"], default="eval",
@@ -91,7 +96,10 @@ def parser(description: str, recipe: dict) -> Parser:
     add("--out", type=output, default=Path("results"), metavar="DIR",
         help="the runs' folder (default: results)")
     # fmt: on
-    made.set_defaults(**{name: value for name, value in recipe.items() if name != "rates"})
+    defaults = {name: value for name, value in recipe.items() if name != "rates"}
+    if isinstance(defaults["epochs"], int):
+        defaults["epochs"] = [defaults["epochs"]]
+    made.set_defaults(**defaults)
     return made
 
 

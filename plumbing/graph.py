@@ -10,10 +10,10 @@ step of fc+layer4 takes 1.1 ms in place of 4.1, of fc+layer3+layer4 2.3 in place
 
 A record repeats kernels with the values that they had. So it is made anew when something has
 changed that it depends on: a rate or another value of the optimizer, a mode (train or eval), which
-parameters learn, a number that the step reads from its module. And it is not made where a step
-waits for the device (item(), print of a tensor) or draws random numbers on the CPU: such a step
-runs as it is, which is said once. What is known to neither must not stand in the step; see
-train_step. (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
+parameters learn, a number of a module's, a name of its own module that the step reads. And it is
+not made where a step waits for the device (item(), print of a tensor), draws random numbers on the
+CPU or counts there: such a step runs as it is, which is said once. Whatever else Python does in a
+step is done once only, such as looking into a dictionary; see train_step. (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
 
 Imports torch and numpy only: copy it into yours.
 """
@@ -49,14 +49,13 @@ class CudaGraphStep:
         self.graph, self.inputs, self.output = None, None, None
         self.stream = torch.cuda.Stream()  # one to warm up and to record on
         self.recordable, self.warm, self.replays, self.early = True, 0, 0, 0
-        self.depends_on, self.rates = None, make_capturable(optimizer)
+        self.depends_on, self.held, self.rates = None, [], make_capturable(optimizer)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         if self.inputs is None:
             self.inputs = [tensor.clone() for tensor in inputs]  # where the record reads from
         if [x.shape for x in inputs] != [x.shape for x in self.inputs]:
-            with torch.backends.cudnn.flags(benchmark=False):  # no search for one batch an epoch
-                return self.step(*inputs)
+            return self.odd_step(inputs)
         if not self.recordable:
             return self.step(*inputs)
         self.notice_changes()
@@ -73,26 +72,39 @@ class CudaGraphStep:
         self.replays += 1
         return self.output
 
+    def odd_step(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """An ordinary step of an epoch's last batch, for which cuDNN need not search."""
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+        try:
+            return self.step(*inputs)
+        finally:
+            torch.backends.cudnn.benchmark = before
+
     def notice_changes(self) -> None:
         """Drops a record that no longer does what the step would do."""
         depends_on = self.state()
         if depends_on == self.depends_on:
             return
-        if self.graph is not None:
+        if self.depends_on is not None:
             self.early += self.replays < RECORDS_TO_PAY
             if self.early == 3:
-                self.give_up("what it depends on changes too often")
+                self.give_up(
+                    "what it depends on, such as its optimizer's values, changes too often"
+                )
         self.depends_on, self.graph, self.warm, self.replays = depends_on, None, 0, 0
 
     def state(self) -> tuple:
         """All that a record depends on and that may change between two steps."""
         learns = [parameter.requires_grad for parameter in self.parameters]
-        modes = [module.training for module in self.modules]
+        modes = [numbers_in(vars(module)) for module in self.modules]  # training, momentum, p
         values = []
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             skipped = {"params", "initial_lr", "lr" if rate is not None else "params"}
             values.append({name: group[name] for name in group if name not in skipped})
-        return learns, modes, values, numbers_of(self.step)
+        read = list(read_by(self.step))
+        self.held = [value for _, value in read]  # so that no other object gets the same id
+        names = [(name, value if is_plain(value) else id(value)) for name, value in read]
+        return learns, modes, values, names
 
     def warm_up(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """An ordinary step; not on the default stream, says the documentation. The last one is
@@ -118,8 +130,10 @@ class CudaGraphStep:
                 output = self.step(*inputs)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        if any("synchronizing" in str(warning.message) for warning in caught):
+        if any("called a synchronizing" in str(warning.message) for warning in caught):
             self.give_up("it waits for the device, as item() and a printed tensor do")
+        if counts_on_cpu(self.optimizer):
+            self.give_up("its optimizer counts its steps on the CPU")
         if random_states(self.step) != before:
             self.give_up("it draws random numbers on the CPU")
         return output
@@ -161,6 +175,7 @@ class Rate:
 def make_capturable(optimizer: torch.optim.Optimizer) -> list[Rate | None]:
     """Has an optimizer count its steps on the GPU, if it counts them (Adam does, SGD does not).
     Gives a rate on the device for each group of an optimizer that takes them, otherwise None."""
+    warnings.filterwarnings("ignore", message=".*capturable=True can impair")  # before the record
     takes_tensors = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
     rates = []
     for group in optimizer.param_groups:
@@ -194,9 +209,21 @@ def read_by(step: Callable) -> Iterator[tuple[str, object]]:
                 unread.append(own_function(value))
 
 
-def numbers_of(step: Callable) -> list[tuple[str, object]]:
-    """The numbers and words that a step reads from its module."""
-    return [(name, value) for name, value in read_by(step) if isinstance(value, (float, int, str))]
+def is_plain(value: object) -> bool:
+    return isinstance(value, (float, int, str))
+
+
+def numbers_in(names: dict) -> dict:
+    return {name: value for name, value in names.items() if is_plain(value)}
+
+
+def counts_on_cpu(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's state has numbers that a record would not count on."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if is_plain(value) or (isinstance(value, torch.Tensor) and not value.is_cuda):
+                return True
+    return False
 
 
 def random_states(step: Callable) -> list[str]:

@@ -174,9 +174,12 @@ def free_memory(place: str, device: torch.device, folder: Path) -> int | None:
     if place == "disk":
         return shutil.disk_usage(nearest(folder)).free // sharing
     if place == "device" and device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier run in this process has left
         free, total = torch.cuda.mem_get_info(device)
         runs = int(os.environ.get("RUNS_ON_GPU", 1))  # by run_all.sh: each plans with its share
         return min(free, total // runs)
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # as in `tune`
+        ctypes.CDLL(None).malloc_trim(0)
     estimates = []
     for ask in (available, windows_available, half_of_all, group_limit):
         with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, StopIteration):

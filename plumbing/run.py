@@ -12,9 +12,12 @@ beginning of fifty. So one folder holds history.csv, a row per epoch, an epochN.
 N that was asked for, and latest.pt, the newest state to go on from, while it is newer than those.
 """
 
+import contextlib
 import glob
 import io
 import math
+import pickle
+import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -23,16 +26,18 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 
 from data import UserError
 from plumbing import distributed, report
 from plumbing.checkpoint import read_checkpoint
 from plumbing.datasets import Splits
-from plumbing.files import check_writable, locked, remove_leftovers, write_csv, write_file
+from plumbing.files import check_writable, locked, remove_leftovers, write_file, write_rows
 from plumbing.machine import device_name
 from plumbing.schedule import load_optimizer
-from plumbing.settings import HASHES, Settings, changed_names
+from plumbing.settings import HASHES, Settings, changed_names, in_words
 
 # Before the next checkpoint that was not asked for: seconds, and times its own writing.
 CHECKPOINT_SECONDS, CHECKPOINT_INTERVAL = 60, 20
@@ -65,6 +70,7 @@ class Run:
         self.epoch_started = time.monotonic()
         self.written, self.write_seconds = -math.inf, 0.0  # when the last checkpoint was, how long
         self.correct, self.scores = None, {}  # of the last epoch
+        self.ended_early, self.readable, self.outdated = False, False, []
 
     @property
     def last_epoch(self) -> int:
@@ -85,13 +91,21 @@ class Run:
 
     def __exit__(self, error: type | None, *_) -> None:
         with self.held:
-            if error is None and distributed.rank() == 0 and len(self.history) > self.named:
-                # The loop was left early: what it came to is a length like others.
-                self.write(f"epoch{len(self.history)}.pt")
+            if error is None and distributed.rank() == 0:
+                self.end_early()
+            if error is None and self.lengths[-1] == max(self.args.epochs):
+                distributed.destroy()  # this was the last run
+
+    def end_early(self) -> None:
+        """If the loop was left before the last epoch, what it came to is a length like others."""
+        if self.row:
+            print("warning: the last epoch is lost: leave the loop after run.keep, not before")
+        elif len(self.history) > self.named:
+            self.ended_early = True
+            self.write(f"epoch{len(self.history)}.pt")
+            if len(self.history) >= self.newest:
                 (self.folder / "latest.pt").unlink(missing_ok=True)
-                print(f"saved    {self.folder}/epoch{len(self.history)}.pt, where the loop ended")
-            if error is None:
-                distributed.destroy()
+            print(f"saved    {self.folder}/epoch{len(self.history)}.pt, where the loop ended")
 
     def look(self) -> None:
         """Find out what is there already, and what of it to go on from. Raises UserError."""
@@ -109,8 +123,7 @@ class Run:
             )
         if changed:  # a run of other code that is begun anew takes the old one's place, all of it
             print(f"replaces {self.folder}, trained with another {in_words(changed)}")
-            for file in (*self.folder.glob("*.pt"), *self.folder.glob("history.csv")):
-                file.unlink()
+            self.outdated = list(self.folder.iterdir())  # gone when the first epoch is kept
         elif saved:
             self.choose_checkpoint(saved)
         elif self.args.resume:
@@ -126,22 +139,24 @@ class Run:
         write_history(self.folder, saved[last]["history"])
         if last != "latest.pt":
             (self.folder / "latest.pt").unlink(missing_ok=True)
+        if "best.pt" in saved:
+            self.best = saved["best.pt"]["history"][-1]["val_accuracy"]
         if not self.args.resume:
             print(f"again    from the start (--resume would go on after epoch {self.newest})")
             return
         # Go on from the longest one that is shorter than the first length that is missing.
         self.missing = [length for length in self.lengths if f"epoch{length}.pt" not in saved]
+        if early := [epochs[name] for name in epochs if saved[name]["ended_early"]]:
+            self.missing = [length for length in self.missing if length < max(early)]
         usable = [name for name in epochs if self.missing and epochs[name] < self.missing[0]]
         if usable:
             self.checkpoint = saved[max(usable, key=epochs.get)]
-        if "best.pt" in saved:
-            self.best = saved["best.pt"]["history"][-1]["val_accuracy"]
 
     def check_settings(self, file: Path, before: dict) -> None:
         """Raises UserError if the checkpoint in `file` is of a run with other settings."""
         for name, value in asdict(self.settings).items():
-            if name != "code" and before[name] != value:
-                differs = f"was trained with {name} {before[name]}, not {value}"
+            if name != "code" and before.get(name) != value:
+                differs = f"was trained with {name} {before.get(name)}, not {value}"
                 if name in HASHES:
                     differs = f"was trained with other {HASHES[name]}"
                 raise UserError(
@@ -155,7 +170,9 @@ class Run:
         beginning = "-".join(filter(None, (ours["dataset"], ours["strategy"], ours["tag"])))
         for folder in self.args.out.glob(f"{glob.escape(beginning)}-*"):
             files = sorted(folder.glob("epoch*.pt"))
-            theirs = read_checkpoint(files[-1])["settings"] if files else {}
+            theirs = {}
+            with contextlib.suppress(UserError):  # another run's trouble is not this one's
+                theirs = read_checkpoint(files[-1])["settings"] if files else {}
             differing = [name for name in ours if name != "code" and theirs.get(name) != ours[name]]
             alike = all(theirs.get(name) == ours[name] for name in ("strategy", "tag", "seed"))
             if alike and (not nearest or len(differing) < len(nearest[1])):
@@ -172,9 +189,9 @@ class Run:
         model, optimizer, scaler and schedule, by these names."""
         self.parts = parts
         if self.checkpoint:
-            saved, scheduled = self.checkpoint, parts["schedule"].scheduler is not None
-            load_optimizer(parts["optimizer"], saved["optimizer"], scheduled)
-            for name in ("model", "scaler", "schedule"):
+            saved = self.checkpoint
+            load_optimizer(parts["optimizer"], saved["optimizer"])
+            for name in parts.keys() - {"optimizer"}:
                 parts[name].load_state_dict(saved[name])
             self.history = list(saved["history"])
             self.named = len(self.history)
@@ -190,8 +207,10 @@ class Run:
             self.epoch_started = time.monotonic()
             yield epoch
 
-    def trained(self, numbers: dict[str, float], images: int) -> None:
-        """An epoch's training is over, on so many images of this process."""
+    def trained(self, tail: nn.Module, numbers: dict[str, float], images: int) -> None:
+        """An epoch's training is over, on so many images of this process. Raises UserError where
+        something was meant to learn and could not."""
+        check_all_learn(tail, self.parts["model"], self.parts["optimizer"])
         self.row = distributed.all_reduce_mean(numbers, images)
         self.train_seconds = time.monotonic() - self.epoch_started
 
@@ -199,14 +218,15 @@ class Run:
         """Keep an epoch, on the disk when it is time. scores: test_loss, test_accuracy, ..., and
         val_ ones; correct: by split, which images were right, bool [images]. Raises
         FloatingPointError for a loss that is not finite, which is not kept."""
-        self.check_finite(epoch, self.row | scores)
+        losses = {name: value for name, value in (self.row | scores).items() if "loss" in name}
+        self.check_finite(epoch, losses)
         if "val" in correct:  # the test is for later, when all is chosen
             shown = {name: scores[name] for name in scores if name.startswith("val_")}
         else:
             shown = scores
         row = {"epoch": epoch} | self.row | shown
         row["seconds"] = time.monotonic() - self.epoch_started
-        row["train_seconds"] = self.train_seconds
+        row["train_seconds"], self.row = self.train_seconds, {}
         self.history.append(row | self.parts["schedule"].after_epoch())
         self.scores, self.correct = scores, {name: value.cpu() for name, value in correct.items()}
         if distributed.rank() == 0:
@@ -232,6 +252,9 @@ class Run:
         on val; and history.csv. What has come further is not taken back."""
         interval = max(CHECKPOINT_SECONDS, CHECKPOINT_INTERVAL * self.write_seconds)
         due = time.monotonic() - self.written >= interval
+        for file in self.outdated:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        self.outdated = []
         if self.scores.get("val_accuracy", -math.inf) > self.best:
             self.best = self.scores["val_accuracy"]
             self.write("best.pt")
@@ -252,13 +275,16 @@ class Run:
         content |= {"settings": asdict(self.settings), "metadata": self.metadata()}
         content |= {"history": self.history, "scores": self.scores}
         content |= {f"{split}_correct": correct for split, correct in self.correct.items()}
-        content["seconds"] = start - self.started
-        torch.save(content, file)  # into memory: torch's own error of a full disk names no cause
+        content |= {"seconds": start - self.started, "ended_early": self.ended_early}
+        torch.save(plain(content), file)  # into memory: torch's error of a full disk names no cause
+        if not self.readable:
+            check_readable(file)
+            self.readable = True
         write_file(self.folder / file_name, file.getbuffer())
         if file_name != "best.pt":
             self.newest = max(self.newest, len(self.history))
-        self.written = time.monotonic()
-        self.write_seconds = self.written - start
+            self.written = time.monotonic()
+            self.write_seconds = self.written - start
 
     def metadata(self) -> dict:
         """What does not tell runs apart: where things were, and what trained it."""
@@ -280,15 +306,38 @@ class Run:
         }
 
 
-def in_words(changed: set[str]) -> str:
-    """LOSS in train.py, transform in data.py"""
-    names = [name.partition(".") for name in sorted(changed)]
-    return ", ".join(f"{name} in {file}.py" for file, _, name in names)
-
-
 def write_history(folder: Path, history: list[dict]) -> None:
-    """A row per epoch, a column per number; a number that only some epochs have is blank in the
-    others."""
-    columns = list(dict.fromkeys(name for row in history for name in row))
-    rows = [[row.get(name, "") for name in columns] for row in history]
-    write_csv(folder / "history.csv", columns, rows)
+    write_rows(folder / "history.csv", history)
+
+
+def check_all_learn(tail: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises UserError for parameters that should learn, and that no optimizer moves."""
+    moved = set()
+    for group in optimizer.param_groups:
+        moved |= set(map(id, group["params"]))
+    for name, parameter in (*model.named_parameters(), *tail.named_parameters()):
+        if parameter.requires_grad and id(parameter) not in moved:
+            raise UserError(
+                f"{name} has requires_grad and is not in the optimizer: name its stage in "
+                "--unfreeze, or add it to the optimizer's groups"
+            )
+
+
+def plain(value: object) -> object:
+    """Without NumPy's numbers, which torch.load does not read with weights_only=True."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if isinstance(value, dict):
+        return {name: plain(inside) for name, inside in value.items()}
+    return value
+
+
+def check_readable(file: io.BytesIO) -> None:
+    """Raises UserError for a checkpoint that nobody could read, before hours of training."""
+    try:
+        torch.load(io.BytesIO(file.getbuffer()), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"a checkpoint takes tensors and plain values alone: {reason}") from error

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from data import UserError
+
 MADE_FOR = ("capturable", "fused", "foreach")  # a device: what a checkpoint must not bring along
 
 
@@ -25,6 +27,10 @@ class Schedule:
         if make is not None:
             self.by_step = "steps" in inspect.signature(make).parameters
             self.scheduler = make(optimizer, steps if self.by_step else epochs)
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise UserError(
+                "SCHEDULE: ReduceLROnPlateau takes a metric, which it is not given here"
+            )
         self.used = self.rates()
 
     def rates(self) -> dict[str, float]:
@@ -59,14 +65,10 @@ def lengths_of_runs(epochs: list[int], make: Callable | None) -> list[list[int]]
     return [sorted(set(epochs))] if make is None else [[length] for length in sorted(set(epochs))]
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, scheduled: bool) -> None:
-    """Puts back an optimizer's state_dict. What the recipe says today of rates, momentum or weight
-    decay stays as it says, unless a schedule has changed it since."""
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Puts back an optimizer's state_dict, but what is made for the device that it was on. (A run
+    goes on only with the code and the rates that it began with.)"""
     groups = optimizer.state_dict()["param_groups"]
     for today, before in zip(groups, saved["param_groups"]):
-        for name in today.keys() & before.keys():
-            if scheduled and name not in (*MADE_FOR, "params"):
-                today[name] = before[name]
-        if scheduled and "initial_lr" in before:
-            today["initial_lr"] = before["initial_lr"]
+        today |= {name: before[name] for name in before if name not in (*MADE_FOR, "params")}
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})

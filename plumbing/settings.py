@@ -160,7 +160,7 @@ def rates_in_words(rates: dict[str, float]) -> str:
 # ---------------------------------------------------------------- a run's code
 
 
-def recipe_code(train_file: str) -> dict[str, str]:
+def recipe_code(train_file: str | Path) -> dict[str, str]:
     """Of train.py, freeze.py, data.py and features.py, by file and top-level name, a hash of what
     stands there: of the parsed source, without comments and docstrings, so that writing these
     changes no run."""
@@ -185,7 +185,8 @@ def syntax(node: object) -> str:
         return f"[{' '.join(map(syntax, node))}]"
     if not isinstance(node, ast.AST):
         return repr(node)
-    fields = [syntax(value) for _, value in ast.iter_fields(node) if value not in (None, [])]
+    given = [field for field in ast.iter_fields(node) if field[1] not in (None, [])]
+    fields = [f"{name}={syntax(value)}" for name, value in given]
     return f"{type(node).__name__}({' '.join(fields)})"
 
 
@@ -209,3 +210,9 @@ def code_hash(code: dict[str, str]) -> str:
 def changed_names(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """What differs between two versions of the code: train.LOSS, ..."""
     return sorted(name for name in before.keys() | now if before.get(name) != now.get(name))
+
+
+def in_words(changed: set[str]) -> str:
+    """LOSS in train.py, transform in data.py"""
+    names = [name.partition(".") for name in sorted(changed)]
+    return ", ".join(f"{name} in {file}.py" for file, _, name in names)

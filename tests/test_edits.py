@@ -1,6 +1,7 @@
 """The usual edits of a student, each made as text in a copy of the repository: it takes effect, or
 is refused with a sentence. What only a GPU shows of them is in test_graph.py and test_cuda.py."""
 
+import ast
 import functools
 import math
 import multiprocessing
@@ -15,10 +16,12 @@ import pytest
 import torch
 from conftest import ROOT, checkpoint, history, rows
 
+import compare
 import data
 import freeze
 import train
 from plumbing import run as runs
+from plumbing import settings
 
 QUICK = ["--dataset", "synthetic", "--weights", "none", "--image-size", "32", "--device", "cpu"]
 QUICK += ["--precision", "fp32", "--train-size", "40", "--batch-size", "15"]
@@ -193,6 +196,49 @@ def test_comments_and_docstrings_change_no_run(copy):
     assert ": finished" in copy.train("--epochs", "1", "--resume")
 
 
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("f(x[:a])", "f(x[a:])"),
+        ("f(x[2:])", "f(x[::2])"),
+        ("f(*b)", "f(**b)"),
+        ("a - b", "b - a"),
+        ("x = 1", "x = 1.0"),
+        ("x = None", "x = 0"),
+        ("for a in b: pass\nelse: c()", "for a in b: c()"),
+        ("def f(a, *, b=1): pass", "def f(a, b=1): pass"),
+    ],
+)
+def test_no_edit_looks_like_another(old, new):
+    one, other = (settings.syntax(ast.parse(text)) for text in (old, new))
+    assert one != other and one == settings.syntax(ast.parse(f"{old}  # a comment"))
+
+
+def test_what_was_drawn_of_the_old_code_goes_too_and_not_before_the_first_epoch(copy):
+    copy.train("--epochs", "2")
+    assert copy("evaluate.py", copy.run() / "epoch2.pt", "--per-class")[0] == 0
+    before = {file.name for file in copy.run().iterdir()}
+    copy.edit(
+        RECIPE, "LOSS = F.cross_entropy", "LOSS = functools.partial(F.cross_entropy, lable=1)"
+    )
+    assert "Traceback" in copy("train.py", *QUICK, "--epochs", "1")[1]
+    assert {file.name for file in copy.run().iterdir()} == before  # a mistyped idea costs nothing
+    copy.edit(RECIPE, "lable=1", "label_smoothing=0.1")
+    copy.train("--epochs", "1")
+    assert {file.name for file in copy.run().iterdir()} == {"history.csv", "epoch1.pt"}
+
+
+def test_evaluate_says_that_the_network_was_trained_with_another_transform(copy):
+    copy.train("--epochs", "1")
+    copy.edit(
+        "data.py",
+        "    if flips is not None:",
+        "    pixels = 255 - pixels\n    if flips is not None:",
+    )
+    _, printed = copy("evaluate.py", copy.run() / "epoch1.pt")
+    assert "was trained with another transform in data.py" in printed
+
+
 # ---------------------------------------------------------------- edits of the loop
 
 
@@ -206,10 +252,47 @@ def test_a_loop_that_is_left_early_leaves_its_last_epoch(copy):
     assert len(checkpoint(copy.run(), 2)["history"]) == 2
 
 
+def test_a_run_that_ended_early_is_finished(copy):
+    copy.edit(RECIPE, LOOP, f"{LOOP}        if epoch == 2:\n            break\n")
+    copy.train("--epochs", "5")
+    assert ": finished" in copy.train("--epochs", "5", "--resume")
+    assert {file.name for file in copy.run().iterdir()} == {"history.csv", "epoch2.pt"}
+
+
+def test_a_loop_that_is_left_before_the_epoch_is_kept_says_what_is_lost(copy):
+    copy.edit(RECIPE, LOOP, f"        if epoch == 2:\n            break\n{LOOP}")
+    printed = copy.train("--epochs", "5")
+    assert "the last epoch is lost: leave the loop after run.keep" in printed
+    assert {file.name for file in copy.run().iterdir()} == {"history.csv", "latest.pt"}
+
+
+def test_a_layer_that_is_added_to_the_tail_is_in_train_mode_or_refused(copy):
+    old = "    tail = nn.Sequential(*backbone[cut:], pooling, head)\n"
+    copy.edit("freeze.py", old, old.replace("head)", "nn.Dropout(0.9), head)"))
+    see = "        print('training', tail[-2].training)\n"
+    copy.edit(
+        RECIPE,
+        "        order, flips = data.epoch_order",
+        f"{see}        order, flips = data.epoch_order",
+    )
+    printed = copy.train("--epochs", "3", "--unfreeze", "layer4")
+    assert printed.count("training True") == 3
+    copy.edit("freeze.py", "nn.Dropout(0.9), head)", "nn.Linear(512, 512), head)")
+    printed = copy.train("--epochs", "1", "--unfreeze", "layer4", "--tag", "wide", status=2)
+    assert "has requires_grad and is not in the optimizer" in printed
+
+
+def test_a_stage_that_is_thawed_in_the_frozen_part_is_refused(copy):
+    thaw = "        model.layer3.requires_grad_(True)\n        freeze.train_mode(tail)"
+    copy.edit(RECIPE, "        freeze.train_mode(tail)", thaw)
+    printed = copy.train("--epochs", "1", "--unfreeze", "layer4", status=2)
+    assert "layer3.0.conv1.weight has requires_grad" in printed and "--unfreeze" in printed
+
+
 def test_a_stage_that_is_unfrozen_in_the_loop_learns_from_then_on(copy):
     learns = "settings.unfrozen if epoch > 1 else settings.unfrozen[-1:]"
-    new = f"        freeze.freeze(model, {learns})\n        freeze.train_mode(model)"
-    copy.edit(RECIPE, "        freeze.train_mode(model)", new)
+    new = f"        freeze.freeze(model, {learns})\n        freeze.train_mode(tail)"
+    copy.edit(RECIPE, "        freeze.train_mode(tail)", new)
     copy.train("--unfreeze", "layer4", "--epochs", "1", "2")
     before = freeze.build("resnet18", 10).layer4[0].conv1.weight
     first, second = (checkpoint(copy.run(), n)["model"]["layer4.0.conv1.weight"] for n in (1, 2))
@@ -224,6 +307,30 @@ def test_a_logger_in_the_loop_sees_every_epoch(copy):
     assert [[float(number) for number in line] for line in logged] == history(
         copy.run(), "epoch", "test_loss"
     )
+
+
+def test_numbers_of_numpy_are_kept_as_numbers(copy):
+    half = "lambda optimizer, steps: torch.optim.lr_scheduler.LambdaLR("
+    half += "optimizer, lambda i: np.cos(i / steps) ** 2)"
+    copy.edit(RECIPE, "SCHEDULE = None", f"SCHEDULE = {half}")
+    copy.edit(RECIPE, "import torch\nimport", "import numpy as np\nimport torch\nimport")
+    copy.edit(
+        "plumbing/scoring.py",
+        "right / len(labels),",
+        "torch.tensor(right / len(labels)).numpy()[()],",
+    )
+    copy.train("--epochs", "2")
+    file = copy.run() / "epoch2.pt"
+    assert checkpoint(copy.run(), 2)["history"][0]["fc_lr"] == pytest.approx(1e-3, rel=0.5)
+    assert copy("compare.py", file)[0] == 0
+
+
+def test_a_checkpoint_that_nobody_could_read_is_refused_at_once(copy):
+    old = '"scaler": scaler, "schedule": schedule}'
+    new = old.replace("}", ', "mine": type("Mine", (), {"state_dict": lambda _: F})()}')
+    copy.edit(RECIPE, old, new)
+    status, printed = copy("train.py", *QUICK, "--epochs", "3")
+    assert status != 0 and "3/3" not in printed
 
 
 # ---------------------------------------------------------------- a metric, a network
@@ -250,11 +357,11 @@ def test_a_metric_is_added_in_one_place_and_is_in_every_table(copy):
 
 TOY = """
 
-def toy(num_classes):
+def toy():
     early = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU())
     late = nn.Sequential(nn.Conv2d(8, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU())
     pooling = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(early, late, *pooling, nn.Linear(16, num_classes))
+    return nn.Sequential(early, late, *pooling, nn.Linear(16, 1000))
 """
 
 
@@ -264,7 +371,7 @@ def test_another_network_is_a_change_of_freeze_py_alone(copy):
     case = f"    if isinstance(model, nn.Sequential):\n        return {parts}\n"
     old = '    if hasattr(model, "layer4"):  # a ResNet\n'
     copy.edit("freeze.py", old, case + old)
-    own = '    if name == "toy":\n        return toy(num_classes)\n'
+    own = '    if name == "toy":\n        return toy()\n'
     imports = "    from torchvision.models import get_model"
     copy.edit("freeze.py", imports, own + imports)
     (copy.folder / "freeze.py").open("a").write(TOY)
@@ -336,12 +443,20 @@ def one_cycle(optimizer, steps):
 
 SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 ADAMW_FUSED = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=True)
+
+
+def by_hand(optimizer, epochs):
+    """A rate that is lowered by hand in the loop stays lowered."""
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [1])
+
+
 RECIPES = {
     "cosine": {"SCHEDULE": cosine},
     "warm-up": {"SCHEDULE": warm_up_and_cosine},
     "one cycle": {"SCHEDULE": one_cycle},
     "crop": {"AUGMENT": data.random_crop},
     "erase, SGD": {"AUGMENT": data.random_erase, "OPTIMIZER": SGD},
+    "one step down": {"SCHEDULE": by_hand},
     "AdamW, cosine": {"OPTIMIZER": ADAMW_FUSED, "SCHEDULE": cosine},
 }
 
@@ -377,12 +492,35 @@ def test_each_alternative_goes_on_to_the_last_bit(run, monkeypatch, recipe, prec
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_network_with_dropout_goes_on_to_the_last_bit(run, monkeypatch):
+    """Its random numbers come from the seed and the epoch, too."""
+    flags = ["--model", "mobilenet_v3_small", "--image-size", "32", "--train-size", "40"]
+    whole = run(*flags, "--epochs", "2", "3")
+    torch.rand(7)
+    parts = run(*flags, "--epochs", "2")
+    torch.rand(3)
+    run(*flags, "--epochs", "2", "3", "--resume", "--out", str(parts.parent))
+    assert history(whole, *COLUMNS) == history(parts, *COLUMNS)
+    assert history(run(*flags, "--seed", "1"), *COLUMNS) != history(whole, *COLUMNS)[:2]
+
+
+def test_runs_with_other_columns_are_each_under_their_own(run, tmp_path, capsys):
+    flags = ["--image-size", "32", "--train-size", "40", "--epochs", "1"]
+    plain = run(*flags) / "epoch1.pt"
+    validated = run(*flags, "--val-share", "0.3") / "epoch1.pt"
+    capsys.readouterr()
+    compare.main([str(validated), str(plain), "--csv", str(tmp_path / "summary.csv")])
+    one, other = rows(tmp_path / "summary.csv")
+    assert one["val_accuracy"] and not other["val_accuracy"]
+    assert 0 <= float(other["test_accuracy"]) <= 1 and "cpu" in other["device"]
+    printed = capsys.readouterr().out
+    assert "val loss" in printed and "test loss" in printed
+
+
 # ---------------------------------------------------------------- validation
 
 
 def test_with_validation_pictures_the_test_is_looked_at_once(run, capsys):
-    import compare
-
     flags = ["--val-share", "0.3", "--train-size", "40", "--image-size", "32", "--epochs", "3"]
     folder = run(*flags, "--dataset", "synthetic")
     run(*flags, "--unfreeze", "layer4", "--out", str(folder.parent))
@@ -405,9 +543,9 @@ def test_with_validation_pictures_the_test_is_looked_at_once(run, capsys):
 
 def test_another_test_seed_draws_other_validation_pictures_and_another_seed_does_not(run):
     flags = ["--val-share", "0.3", "--image-size", "32", "--epochs", "1"]
-    settings = []
+    found = []
     for more in (["--seed", "0"], ["--seed", "1"], ["--test-seed", "1"]):
-        settings.append(checkpoint(run(*flags, *more), 1)["settings"])
-    one, other_seed, other_pictures = (found["val_data"] for found in settings)
+        found.append(checkpoint(run(*flags, *more), 1)["settings"])
+    one, other_seed, other_pictures = (each["val_data"] for each in found)
     assert one == other_seed != other_pictures
-    assert settings[2]["test_seed"] == 1
+    assert found[2]["test_seed"] == 1

@@ -143,4 +143,7 @@ def test_augmented_pictures_are_drawn_by_epoch_and_position_alone(images):
     one = epoch(1)
     torch.manual_seed(99)
     assert torch.equal(one, epoch(1)) and not torch.equal(one, epoch(2))
-    torch.testing.assert_close(inputs(order[:3]), inputs(order[:3]))  # without a generator: as is
+    with pytest.raises(UserError, match="they cannot be filled"):
+        inputs.fill(CPU)
+    with pytest.raises(UserError, match="take a generator"):
+        next(inputs.batches(8))

@@ -69,7 +69,7 @@ def test_what_is_said_to_be_edited_is_there(readme):
     recipe, loop = (ROOT / "train.py").read_text().split("def train_step", 1)
     for name in ("OPTIMIZER", "SCHEDULE", "LOSS", "AUGMENT"):
         assert f"`{name}`" in text and re.search(f"^{name} = ", recipe, re.M)
-    for words in ("def fine_tune", "run.keep(", "freeze.train_mode(model)", "def train_epoch"):
+    for words in ("def fine_tune", "run.keep(", "freeze.train_mode(tail)", "def train_epoch"):
         assert words in loop
     assert "def metrics(" in (ROOT / "plumbing/scoring.py").read_text()
     linked = set(re.findall(r"\]\(((?!http)[^)#]+)", text))
