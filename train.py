@@ -154,7 +154,7 @@ def fine_tune(run: Run, model: nn.Module, images: datasets.Splits, device: torch
         order, flips = data.epoch_order(images.train_images, settings.seed, epoch)
         order, flips, sizes = distributed.local_epoch(order, flips, settings.batch_size)
         generator = data.epoch_generator(settings.seed, epoch, device)
-        torch.manual_seed(generator.initial_seed())  # for Dropout
+        torch.manual_seed(generator.initial_seed() + 1)  # for Dropout and mixup
         batches = inputs["train"].batches(sizes, order, flips, generator)
         batches = progress(batches, f"epoch {epoch}, step", steps, run.last_epoch - epoch)
         targets = labels[order.to(device)].split(sizes)

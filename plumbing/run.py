@@ -123,7 +123,8 @@ class Run:
             )
         if changed:  # a run of other code that is begun anew takes the old one's place, all of it
             print(f"replaces {self.folder}, trained with another {in_words(changed)}")
-            self.outdated = list(self.folder.iterdir())  # gone when the first epoch is kept
+            for pattern in ("epoch*", "latest.pt", "best*", "history.csv"):
+                self.outdated += self.folder.glob(pattern)  # which go when the first epoch is kept
         elif saved:
             self.choose_checkpoint(saved)
         elif self.args.resume:
@@ -134,6 +135,8 @@ class Run:
         # history.csv is written after a checkpoint, and a checkpoint of a length that was asked for
         # takes the place of latest.pt. A run may have been killed before it did either.
         epochs = {name: len(saved[name]["history"]) for name in saved if name != "best.pt"}
+        if not epochs:  # killed in its first epoch
+            return
         last = max(epochs, key=epochs.get)  # epochN.pt before latest.pt, if both are as long
         self.newest = self.rows = epochs[last]
         write_history(self.folder, saved[last]["history"])

@@ -541,6 +541,14 @@ def test_with_validation_pictures_the_test_is_looked_at_once(run, capsys):
     assert "these test pictures were used to choose" not in out
 
 
+def test_a_run_that_was_killed_after_its_first_best_epoch_begins_again(run):
+    flags = ["--val-share", "0.3", "--train-size", "40", "--image-size", "32", "--epochs", "1"]
+    folder = run(*flags)
+    (folder / "epoch1.pt").unlink()
+    run(*flags, "--resume", "--out", str(folder.parent))
+    assert (folder / "epoch1.pt").exists()
+
+
 def test_another_test_seed_draws_other_validation_pictures_and_another_seed_does_not(run):
     flags = ["--val-share", "0.3", "--image-size", "32", "--epochs", "1"]
     found = []
