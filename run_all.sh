@@ -108,7 +108,8 @@ worker() {
         echo "GPU $1: ${commands[i]}"
         export RUNS_ON_GPU=$(echo "$GPUS" | tr ' ' '\n' | grep -cx -- "$1") # which share it
         CUDA_VISIBLE_DEVICES=$1 bash -c "exec ${commands[i]}" 2>&1 | log "$out/run$i.log" ||
-            echo "failed: $(tail -n 1 "$out/run$i.log") ($out/run$i.log)" >>"$claims/failed"
+            printf 'failed: see %s\n    %s\n' "$out/run$i.log: ${commands[i]}" \
+                "$(tail -n 1 "$out/run$i.log")" >>"$claims/failed"
     done
 }
 
