@@ -13,7 +13,8 @@ changed that it depends on: a rate or another value of the optimizer, a mode (tr
 parameters learn, a number of a module's, a name of its own module that the step reads. And it is
 not made where a step waits for the device (item(), print of a tensor), draws random numbers on the
 CPU or counts there: such a step runs as it is, which is said once. Whatever else Python does in a
-step is done once only, such as looking into a dictionary; see train_step. (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
+step is done once only, such as looking into a dictionary; see train_step.
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
 
 Imports torch and numpy only: copy it into yours.
 """

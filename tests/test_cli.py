@@ -131,6 +131,8 @@ def closed(tmp_path, monkeypatch):
     monkeypatch.setattr(io, "open", guarded(io.open))
     for name in ("stat", "listdir", "scandir"):
         monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+    for name in ("stat", "iterdir", "open"):  # which in Python 3.10 do not go through os
+        monkeypatch.setattr(Path, name, guarded(getattr(Path, name)))
     return tmp_path / "closed"
 
 

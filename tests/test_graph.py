@@ -112,6 +112,7 @@ def test_the_layout_of_the_inputs_is_kept(recorder):
     assert step.inputs[0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of")
 def test_a_rate_that_changes_is_taken_without_a_new_record(recorder):
     """Adam reads it from the device; a scheduler sees plain numbers."""
     recorder.make()
