@@ -22,6 +22,7 @@ import freeze
 import train
 from plumbing import run as runs
 from plumbing import settings
+from plumbing.schedule import load_optimizer
 
 QUICK = ["--dataset", "synthetic", "--weights", "none", "--image-size", "32", "--device", "cpu"]
 QUICK += ["--precision", "fp32", "--train-size", "40", "--batch-size", "15"]
@@ -177,6 +178,7 @@ def test_a_tag_puts_an_idea_beside_the_published_recipe(copy):
     assert "LOSS" not in printed
 
 
+@pytest.mark.slow
 def test_runs_of_two_codes_and_one_name_are_not_compared_as_one(copy):
     """Seeds of the old loss and of the new one."""
     for seed in ("0", "1"):
@@ -214,6 +216,7 @@ def test_no_edit_looks_like_another(old, new):
     assert one != other and one == settings.syntax(ast.parse(f"{old}  # a comment"))
 
 
+@pytest.mark.slow
 def test_what_was_drawn_of_the_old_code_goes_too_and_not_before_the_first_epoch(copy):
     copy.train("--epochs", "2")
     assert copy("evaluate.py", copy.run() / "epoch2.pt", "--per-class")[0] == 0
@@ -252,6 +255,7 @@ def test_a_loop_that_is_left_early_leaves_its_last_epoch(copy):
     assert len(checkpoint(copy.run(), 2)["history"]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_early_is_finished(copy):
     copy.edit(RECIPE, LOOP, f"{LOOP}        if epoch == 2:\n            break\n")
     copy.train("--epochs", "5")
@@ -259,6 +263,7 @@ def test_a_run_that_ended_early_is_finished(copy):
     assert {file.name for file in copy.run().iterdir()} == {"history.csv", "epoch2.pt"}
 
 
+@pytest.mark.slow
 def test_a_loop_that_is_left_before_the_epoch_is_kept_says_what_is_lost(copy):
     copy.edit(RECIPE, LOOP, f"        if epoch == 2:\n            break\n{LOOP}")
     printed = copy.train("--epochs", "5")
@@ -299,6 +304,7 @@ def test_a_stage_that_is_unfrozen_in_the_loop_learns_from_then_on(copy):
     assert torch.equal(before, first) and not torch.equal(before, second)
 
 
+@pytest.mark.slow
 def test_a_logger_in_the_loop_sees_every_epoch(copy):
     line = 'print(epoch, run.history[-1]["test_loss"], file=open("log.txt", "a"))'
     copy.edit(RECIPE, LOOP, f"{LOOP}        {line}\n")
@@ -309,6 +315,7 @@ def test_a_logger_in_the_loop_sees_every_epoch(copy):
     )
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_are_kept_as_numbers(copy):
     half = "lambda optimizer, steps: torch.optim.lr_scheduler.LambdaLR("
     half += "optimizer, lambda i: np.cos(i / steps) ** 2)"
@@ -325,6 +332,7 @@ def test_numbers_of_numpy_are_kept_as_numbers(copy):
     assert copy("compare.py", file)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_nobody_could_read_is_refused_at_once(copy):
     old = '"scaler": scaler, "schedule": schedule}'
     new = old.replace("}", ', "mine": type("Mine", (), {"state_dict": lambda _: F})()}')
@@ -412,6 +420,7 @@ def test_probe_first_and_fine_tune_then(copy):
     assert "its last layer is new: the classes are others" in other
 
 
+@pytest.mark.slow
 def test_more_epochs_at_a_lower_rate(copy):
     copy.train("--unfreeze", "layer4", "--epochs", "2")
     first = copy.run()
@@ -445,8 +454,7 @@ SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 ADAMW_FUSED = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=True)
 
 
-def by_hand(optimizer, epochs):
-    """A rate that is lowered by hand in the loop stays lowered."""
+def one_step_down(optimizer, epochs):
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, [1])
 
 
@@ -456,12 +464,19 @@ RECIPES = {
     "one cycle": {"SCHEDULE": one_cycle},
     "crop": {"AUGMENT": data.random_crop},
     "erase, SGD": {"AUGMENT": data.random_erase, "OPTIMIZER": SGD},
-    "one step down": {"SCHEDULE": by_hand},
+    "one step down": {"SCHEDULE": one_step_down},
     "AdamW, cosine": {"OPTIMIZER": ADAMW_FUSED, "SCHEDULE": cosine},
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *("cosine", "one cycle", "crop"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in list(RECIPES)[4:]),
+        pytest.param("warm-up", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     "precision",
     ["fp32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bf16", "fp16"))],
@@ -492,6 +507,20 @@ def test_each_alternative_goes_on_to_the_last_bit(run, monkeypatch, recipe, prec
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_rate_that_was_lowered_by_hand_stays_lowered_and_what_is_for_a_device_is_not_taken():
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    before = torch.optim.Adam(weights, lr=1e-3)
+    weights[0].grad = torch.ones(2)
+    before.step()
+    before.param_groups[0]["lr"] *= 0.1
+    today = torch.optim.Adam(weights, lr=1e-3, fused=True)
+    load_optimizer(today, before.state_dict())
+    (group,) = today.param_groups
+    assert group["lr"] == pytest.approx(1e-4) and group["fused"] is True
+    assert today.state[weights[0]]["step"] == 1
+
+
+@pytest.mark.slow
 def test_a_network_with_dropout_goes_on_to_the_last_bit(run, monkeypatch):
     """Its random numbers come from the seed and the epoch, too."""
     flags = ["--model", "mobilenet_v3_small", "--image-size", "32", "--train-size", "40"]
@@ -541,6 +570,7 @@ def test_with_validation_pictures_the_test_is_looked_at_once(run, capsys):
     assert "these test pictures were used to choose" not in out
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_first_best_epoch_begins_again(run):
     flags = ["--val-share", "0.3", "--train-size", "40", "--image-size", "32", "--epochs", "1"]
     folder = run(*flags)
@@ -549,6 +579,7 @@ def test_a_run_that_was_killed_after_its_first_best_epoch_begins_again(run):
     assert (folder / "epoch1.pt").exists()
 
 
+@pytest.mark.slow
 def test_another_test_seed_draws_other_validation_pictures_and_another_seed_does_not(run):
     flags = ["--val-share", "0.3", "--image-size", "32", "--epochs", "1"]
     found = []
