@@ -108,7 +108,9 @@ class Features:
             pixels = self.pixels.index_select(0, some % len(self)).to(self.device)
             flips = (some >= len(self)).to(self.device)
             if self.augment and generator:
-                pixels = self.augment(pixels, generator)
+                shape, pixels = pixels.shape, self.augment(pixels, generator)
+                if pixels.dtype != torch.uint8 or pixels.shape != shape:
+                    raise UserError(f"AUGMENT must give uint8 {list(shape)}, as it is given")
             parts.append(self.prefix(transform(pixels, self.image_size, self.dtype, flips)))
         return torch.cat(parts)[:count].permute(0, 2, 3, 1)
 

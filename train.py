@@ -48,11 +48,11 @@ RECIPE = {
     "batch_size": 128,  # the one line that the publication does not state
     "epochs": [10],
 }
-# Or (torch.optim.AdamW, weight_decay=0.01, fused=True); or (torch.optim.SGD, momentum=0.9), with
-# "rates": {"fc": 0.03, "layer4": 0.01, "layer3": 0.003} above.
+# Or functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=True), or with "rates": {"fc":
+# 0.03, "layer4": 0.01, "layer3": 0.003} above functools.partial(torch.optim.SGD, momentum=0.9)
 OPTIMIZER = functools.partial(torch.optim.Adam, fused=True)
-# Constant, as published. Or a function of (optimizer, epochs), or of (optimizer, steps), that gives
-# a scheduler: lambda optimizer, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+# Constant, as published. Or a function of (optimizer, epochs) or, by the step, (optimizer, steps):
+# lambda optimizer, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 SCHEDULE = None
 LOSS = F.cross_entropy  # or functools.partial(F.cross_entropy, label_smoothing=0.1)
 AUGMENT = None  # the mirror image alone, as published; or data.random_crop, data.random_erase

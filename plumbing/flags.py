@@ -113,8 +113,8 @@ def weights_name(text: str) -> str:
 
 
 def tag(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.]*", text):
-        raise argparse.ArgumentTypeError(f"takes letters, digits, _ and ., not {text!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]*", text):
+        raise argparse.ArgumentTypeError(f"takes letters, digits, _, - and ., not {text!r}")
     return text
 
 

@@ -25,7 +25,7 @@ class Schedule:
     ):
         self.optimizer, self.scheduler, self.by_step = optimizer, None, False
         if make is not None:
-            self.by_step = "steps" in inspect.signature(make).parameters
+            self.by_step = any("step" in name for name in inspect.signature(make).parameters)
             self.scheduler = make(optimizer, steps if self.by_step else epochs)
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise UserError(

@@ -116,7 +116,7 @@ def test_a_schedule_by_the_epoch_is_in_the_history(copy):
 def test_a_schedule_by_the_step_with_a_warm_up(copy):
     """The history has the rate of an epoch's last step."""
     scheduler = "torch.optim.lr_scheduler.LinearLR"
-    new = f"SCHEDULE = lambda optimizer, steps: {scheduler}(optimizer, 0.1, 1.0, steps)"
+    new = f"SCHEDULE = lambda o, n_steps: {scheduler}(o, 0.1, 1.0, n_steps)"
     copy.edit(RECIPE, "SCHEDULE = None", new)
     copy.train("--epochs", "3")
     used = [1e-3 * (0.1 + 0.9 * step / 9) for step in range(9)]  # three steps an epoch

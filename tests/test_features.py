@@ -147,3 +147,11 @@ def test_augmented_pictures_are_drawn_by_epoch_and_position_alone(images):
         inputs.fill(CPU)
     with pytest.raises(UserError, match="take a generator"):
         next(inputs.batches(8))
+
+
+def test_an_augmentation_that_gives_other_pixels_is_refused(images):
+    prefix, _ = freeze.split(freeze.build("resnet18", 10), "layer1")
+    for wrong in (lambda pixels, _: pixels / 255, lambda pixels, _: pixels[:, 1:]):
+        inputs = Features(prefix, images, 32, CPU, torch.float32, True, wrong)
+        with pytest.raises(UserError, match="AUGMENT must give uint8 .8, 32, 32, 3."):
+            next(inputs.batches(8, generator=data.epoch_generator(0, 1, CPU)))

@@ -121,7 +121,7 @@ def test_a_checkpoint_says_what_was_run(finished):
         ("--unfreeze layer2 --lr layer2=1e-6", "cifar10-fc+layer2-bf16-s0-layer2=1e-06"),
         ("--model resnet50 --image-size 96", "cifar10-fc-bf16-s0-px96-resnet50"),
         ("--frozen-batchnorm train", "cifar10-fc-bf16-s0-mistake"),
-        ("--unfreeze layer4 --tag smooth_0.1", "cifar10-fc+layer4-smooth_0.1-bf16-s0"),
+        ("--unfreeze layer4 --tag smooth-0.1", "cifar10-fc+layer4-smooth-0.1-bf16-s0"),
         ("--val-share 0.1 --test-seed 3", "cifar10-fc-bf16-s0-val0.1-t3"),
     ],
 )

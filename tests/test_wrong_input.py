@@ -85,6 +85,7 @@ def below(folder: Path) -> dict[Path, tuple[int, int]]:
 
 # fmt: off
 FLAGS = [
+    ("train", ["--tag", "a b"], "--tag: takes letters, digits"),
     ("train", ["--unfreeze", "layer9"], "--unfreeze layer9: resnet18 has stem"),
     ("train", ["--unfreeze", "layer2"], "--unfreeze layer2.*--lr layer2="),
     ("train", ["--epochs", "0"], "--epochs.*'0'"),
