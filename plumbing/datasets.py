@@ -82,10 +82,7 @@ def load_splits(args: Namespace, batchnorm_learns: bool) -> Splits:
 def split_off(images: Images, share: float, seed: int) -> tuple[Images, Images]:
     """The rest, and a share of each class of the training images to validate on."""
     count = len(images.labels)
-    numbers = Images(torch.arange(count), images.labels, images.classes)
-    chosen = stratified_subset(numbers, max(round(share * count), len(images.classes)), seed).pixels
-    rest = torch.ones(count, dtype=torch.bool)
-    rest[chosen] = False
+    chosen, rest = pictures.draw_share(images.labels, images.classes, share, seed)
     if len(set(images.labels[rest].tolist())) < len(images.classes):
         raise UserError(f"--val-share {share:g} leaves a class without pictures to train on")
     print(f"validation pictures: {len(chosen):,} of {count:,} training pictures, drawn")

@@ -137,18 +137,28 @@ def share(
 ) -> torch.Tensor:
     """Which of the pictures are in a split, int64: a share of each class for the test, and the
     rest for training. seed: --test-seed's, so that runs of all seeds can be compared."""
-    numbers = Images(torch.arange(len(labels)), labels, classes)
-    size = max(round(test_share * len(labels)), len(classes))
-    test = stratified_subset(numbers, size, seed).pixels
+    test, rest = draw_share(labels, classes, test_share, seed)
     if split == "test":
-        print(f"test pictures: {size:,} of {len(labels):,}, the same share of each class, drawn")
+        print(
+            f"test pictures: {len(test):,} of {len(labels):,}, the same share of each class, drawn"
+        )
         return test
-    rest = torch.ones(len(labels), dtype=torch.bool)
-    rest[test] = False
     if lacking := sorted(set(classes) - {classes[i] for i in labels[rest]}):
         which = ", ".join(lacking[:NAMED])
         raise UserError(f"--test-share {test_share:g} leaves no pictures to train on of {which}")
-    return rest.nonzero().flatten()
+    return rest
+
+
+def draw_share(
+    labels: torch.Tensor, classes: tuple[str, ...], share: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which images are in a share of each class, one of each at least, and the others: int64."""
+    numbers = Images(torch.arange(len(labels)), labels, classes)
+    size = max(round(share * len(labels)), len(classes))
+    chosen = stratified_subset(numbers, size, seed).pixels
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[chosen] = False
+    return chosen, rest.nonzero().flatten()
 
 
 def in_both(train: Images, test: Images) -> int:
