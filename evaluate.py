@@ -27,8 +27,7 @@ from plumbing.cli import Parser, command, output, paths
 from plumbing.files import check_writable, write_csv, write_file, write_rows
 from plumbing.flags import folder
 from plumbing.pictures import find_pictures
-from plumbing.report import print_row
-from plumbing.scoring import metrics, predict, prepared
+from plumbing.report import metrics, predict, prepared, print_row
 from plumbing.settings import ROOT, changed_names, in_words, recipe_code
 
 MISTAKES = 12  # the most confident ones, which --per-class keeps as pictures

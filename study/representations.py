@@ -20,7 +20,7 @@ from plumbing.checkpoint import Trained, load_model, read_checkpoint
 from plumbing.cli import Parser, command, paths
 from plumbing.files import fingerprint, write_csv
 from plumbing.flags import folder
-from plumbing.scoring import prepared
+from plumbing.report import prepared
 
 
 def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ import data
 import features
 import freeze
 import train
-from plumbing import machine, synthetic
+from plumbing import datasets, machine
 from plumbing.cli import command
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True, scope="session")
 def fewer_test_pictures():
     """60 drawn test pictures, not 500, and each drawn once."""
-    load = functools.cache(synthetic.load)
+    load = functools.cache(datasets.synthetic)
 
     def fewer(split: str) -> data.Images:
         if split == "train":
@@ -48,7 +48,7 @@ def fewer_test_pictures():
         return data.stratified_subset(load(split), 60, 0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "load", fewer)
+        patch.setattr(datasets, "synthetic", fewer)
         yield
 
 

@@ -14,7 +14,7 @@ import data
 import freeze
 from data import UserError
 from features import Features
-from plumbing import cache, synthetic
+from plumbing import cache, datasets
 from plumbing.cache import FREE_BYTES, FREE_DISK_BYTES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -28,7 +28,7 @@ LOSSES = "train_loss", "train_accuracy", "test_loss", "test_accuracy"
 
 @pytest.fixture
 def images():
-    return synthetic.load("test").pixels[:20]
+    return datasets.synthetic("test").pixels[:20]
 
 
 @functools.cache

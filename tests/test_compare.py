@@ -10,7 +10,7 @@ import compare
 import data
 import evaluate
 import freeze
-from plumbing import synthetic
+from plumbing import datasets
 from plumbing.checkpoint import load_model
 
 NAMES = ["train", "loss", "test", "loss", "accuracy", "images", "epochs", "run"]
@@ -85,7 +85,7 @@ def test_runs_are_compared_image_by_image(run, tmp_path, capsys):
 
 
 def test_what_was_right_in_the_log_is_what_is_right_when_scored(finished):
-    images = synthetic.load("test")
+    images = datasets.synthetic("test")
     for epochs in (1, 2):
         saved = checkpoint(finished, epochs)
         said = load_model(saved).model.eval()(data.transform(images.pixels, 48)).argmax(1)

@@ -14,7 +14,7 @@ import evaluate
 import features
 import freeze
 import train
-from plumbing import cache, machine, synthetic
+from plumbing import cache, datasets, machine
 from plumbing.graph import CudaGraphStep
 
 pytestmark = pytest.mark.cuda
@@ -22,7 +22,7 @@ LOSSES = ("train_loss", "test_loss")
 
 
 def test_the_transform_is_the_cpu_s():
-    pixels = synthetic.load("test").pixels
+    pixels = datasets.synthetic("test").pixels
     flips = torch.arange(len(pixels)) % 2 == 0
     on_device = data.transform(pixels.cuda(), 224, flips=flips.cuda()).cpu()
     expected = data.transform(pixels, 224, flips=flips)

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
-from torchvision import datasets, transforms
+from torchvision import transforms
 
 import data
-from plumbing import synthetic
+from plumbing import datasets
 
 # ---------------------------------------------------------------- transforms
 
@@ -64,7 +65,7 @@ def test_other_devices_resize_as_pil_does(monkeypatch):
 
 
 def test_a_lower_precision_is_the_same_rounded():
-    pixels = synthetic.load("test").pixels[:8]
+    pixels = datasets.synthetic("test").pixels[:8]
     rounded = data.transform(pixels, 64, torch.bfloat16).float()
     torch.testing.assert_close(rounded, data.transform(pixels, 64), rtol=0, atol=0.02)
 
@@ -89,7 +90,7 @@ def test_order_and_flips_come_from_seed_and_epoch_alone():
 
 
 def test_a_subset_is_stratified_seeded_and_nested():
-    images = synthetic.load("train")
+    images = datasets.synthetic("train")
     for size in (10, 37, 500, 2000):
         subset = data.stratified_subset(images, size, seed=1)
         counts = torch.bincount(subset.labels, minlength=10)
@@ -114,7 +115,7 @@ def test_a_subset_of_unequal_classes_keeps_their_shares():
 
 
 def test_a_subset_keeps_every_picture_with_its_label():
-    images = synthetic.load("train")
+    images = datasets.synthetic("train")
     labels = {}
     for pixels, label in zip(images.pixels, images.labels.tolist()):
         labels[pixels.numpy().tobytes()] = label
@@ -126,7 +127,7 @@ def test_a_subset_keeps_every_picture_with_its_label():
 @pytest.mark.parametrize("size", [0, 9, 2001])
 def test_a_subset_that_cannot_be(size):
     with pytest.raises(data.UserError, match=f"from 10 .* to 2000 .*, not {size}"):
-        data.stratified_subset(synthetic.load("train"), size, seed=0)
+        data.stratified_subset(datasets.synthetic("train"), size, seed=0)
 
 
 # ---------------------------------------------------------------- CIFAR
@@ -162,8 +163,8 @@ def little_cifar(monkeypatch) -> dict[str, bytes]:
     }
     archives = {}
     for dataset, files, names in [
-        (datasets.CIFAR10, ten, "batches.meta"),
-        (datasets.CIFAR100, hundred, "meta"),
+        (torchvision.datasets.CIFAR10, ten, "batches.meta"),
+        (torchvision.torchvision.datasets.CIFAR100, hundred, "meta"),
     ]:
         archive, sums = packed(dataset.base_folder, files)
         meta = dataset.meta | {"md5": sums.pop(names)}
@@ -199,7 +200,7 @@ def test_cifar_100_as_tensors(archives, tmp_path):
 
 
 def test_the_room_alone_downloads_what_is_not_there(archives, server, monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets.CIFAR10, "url", f"{server.url}/cifar-10-python.tar.gz")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"{server.url}/cifar-10-python.tar.gz")
     server.files = {f"/{name}": content for name, content in archives.items()}
     assert len(data.cifar(tmp_path).labels) == 20
     assert set(server.asked) == {"/cifar-10-python.tar.gz"}

@@ -12,7 +12,7 @@ from test_data import little_cifar, planes
 from torchvision import datasets as torchvision_s
 
 from data import UserError
-from plumbing import datasets, synthetic
+from plumbing import datasets
 from plumbing.files import fingerprint
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -163,13 +163,13 @@ def test_the_last_test_set_is_kept_for_the_next_checkpoint(monkeypatch, tmp_path
 
     def loaded(*key):
         asked.append(key)
-        return synthetic.load("test")
+        return datasets.synthetic("test")
 
     monkeypatch.setattr(datasets, "load", loaded)
     once = datasets.TestSets()
     metadata = {"dataset": "folder", "data_dir": str(tmp_path)}
     metadata |= {"test_share": 0.2, "picture_size": [32, 32]}
-    images = synthetic.load("test")
+    images = datasets.synthetic("test")
     settings = {
         "test_seed": 0,
         "classes": ("a", "b"),
@@ -188,7 +188,7 @@ def test_the_last_test_set_is_kept_for_the_next_checkpoint(monkeypatch, tmp_path
 
 
 def test_other_test_pictures_than_the_run_s_own_are_said_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(datasets, "load", lambda *_: synthetic.load("test"))
+    monkeypatch.setattr(datasets, "load", lambda *_: datasets.synthetic("test"))
     metadata = {"dataset": "folder", "data_dir": str(tmp_path), "test_share": None}
     metadata["picture_size"] = [32, 32]
     settings = {

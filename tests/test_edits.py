@@ -322,7 +322,7 @@ def test_numbers_of_numpy_are_kept_as_numbers(copy):
     copy.edit(RECIPE, "SCHEDULE = None", f"SCHEDULE = {half}")
     copy.edit(RECIPE, "import torch\nimport", "import numpy as np\nimport torch\nimport")
     copy.edit(
-        "plumbing/scoring.py",
+        "plumbing/report.py",
         "right / len(labels),",
         "torch.tensor(right / len(labels)).numpy()[()],",
     )
@@ -348,7 +348,7 @@ def test_a_metric_is_added_in_one_place_and_is_in_every_table(copy):
     copy.train("--epochs", "1")
     old = '        "accuracy": right / len(labels),\n'
     top = '        "top5": (logits.topk(5)[1] == labels[:, None]).sum().item() / len(labels),\n'
-    copy.edit("plumbing/scoring.py", old, old + top)
+    copy.edit("plumbing/report.py", old, old + top)
     printed = copy.train("--epochs", "2", "--resume")
     assert re.search(r"2/2 .* top5 0\.[0-9]", printed)
     table = rows(copy.run() / "history.csv")

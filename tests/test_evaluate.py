@@ -12,10 +12,10 @@ from PIL import Image
 import data
 import evaluate
 import train
-from plumbing import synthetic
+from plumbing import datasets
 from plumbing.checkpoint import load_model
 
-CLASSES = synthetic.load("train").classes
+CLASSES = datasets.synthetic("train").classes
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_accuracies_by_class_and_the_confusion_matrix(finished, copied, capsys):
 
 
 def test_a_row_of_the_confusion_matrix_is_a_true_class(finished, copied):
-    images = synthetic.load("test")
+    images = datasets.synthetic("test")
     said = network(finished)(data.transform(images.pixels, 48)).argmax(1)
     expected = np.zeros((10, 10), int)
     for true, answer in zip(images.labels, said):
@@ -154,7 +154,7 @@ def test_the_most_confident_mistakes_are_kept_as_pictures(finished, copied):
     folder.mkdir()
     (folder / "99.png").write_bytes(b"of an earlier scoring")
     evaluate.main([str(copied), "--per-class"])
-    images = synthetic.load("test")
+    images = datasets.synthetic("test")
     logits = network(finished)(data.transform(images.pixels, 48))
     probabilities, said = logits.softmax(1).max(1)
     wrong = [i for i in range(60) if said[i] != images.labels[i]]
@@ -212,7 +212,7 @@ def test_pictures_of_any_size_and_kind_are_named(finished, tmp_path, capsys):
 
 def test_a_picture_is_prepared_as_in_training(finished, tmp_path, capsys):
     """The class named for a picture of the test set is the one that scoring predicts for it."""
-    images = synthetic.load("test")
+    images = datasets.synthetic("test")
     predicted = network(finished)(data.transform(images.pixels[:8], 48)).softmax(1)
     files = [tmp_path / f"{i}.png" for i in range(8)]
     for pixels, file in zip(images.pixels, files):
@@ -226,7 +226,7 @@ def test_a_picture_is_prepared_as_in_training(finished, tmp_path, capsys):
 
 def test_your_own_pictures_from_training_to_scoring(tmp_path, capsys):
     """A folder data set, moved in between, and then gone."""
-    images = synthetic.load("train")
+    images = datasets.synthetic("train")
     mine, moved = tmp_path / "mine", tmp_path / "moved"
     for i in range(40):
         split = "train" if i < 20 else "test"

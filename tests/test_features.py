@@ -11,7 +11,7 @@ import features
 import freeze
 from data import UserError
 from features import Features
-from plumbing import synthetic
+from plumbing import datasets
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 @pytest.fixture
 def images():
-    return synthetic.load("test").pixels[:20]
+    return datasets.synthetic("test").pixels[:20]
 
 
 @functools.cache

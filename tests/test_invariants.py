@@ -13,7 +13,7 @@ import data
 import features
 import freeze
 from data import UserError
-from plumbing import synthetic
+from plumbing import datasets
 from plumbing.files import whole_file
 from study import textbook
 
@@ -106,8 +106,10 @@ def write_pictures(folder: Path, images: data.Images) -> None:
 def pictures(tmp_path) -> Path:
     """60 pictures to train on and 60 to test on, as files."""
     folder = tmp_path / "pictures"
-    write_pictures(folder / "train", data.stratified_subset(synthetic.load("train"), 60, seed=0))
-    write_pictures(folder / "test", synthetic.load("test"))
+    write_pictures(
+        folder / "train", data.stratified_subset(datasets.synthetic("train"), 60, seed=0)
+    )
+    write_pictures(folder / "test", datasets.synthetic("test"))
     return folder
 
 

@@ -16,12 +16,12 @@ import data
 import evaluate
 import plot
 import train
-from plumbing import datasets, flags, pictures, synthetic
+from plumbing import datasets, flags, pictures
 from plumbing.checkpoint import load_model, read_checkpoint
 
 LITTLE = ("--weights", "none", "--image-size", "32", "--epochs", "1", "--precision", "fp32")
 LITTLE += ("--device", "cpu", "--dataset", "folder", "--data-dir")
-DRAWN = synthetic.load("train")
+DRAWN = datasets.synthetic("train")
 
 
 @pytest.fixture(autouse=True)

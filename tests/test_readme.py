@@ -17,7 +17,7 @@ import data
 import evaluate
 import example
 import freeze
-from plumbing import synthetic
+from plumbing import datasets
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
 
@@ -71,7 +71,7 @@ def test_what_is_said_to_be_edited_is_there(readme):
         assert f"`{name}`" in text and re.search(f"^{name} = ", recipe, re.M)
     for words in ("def fine_tune", "run.keep(", "freeze.train_mode(tail)", "def train_epoch"):
         assert words in loop
-    assert "def metrics(" in (ROOT / "plumbing/scoring.py").read_text()
+    assert "def metrics(" in (ROOT / "plumbing/report.py").read_text()
     linked = set(re.findall(r"\]\(((?!http)[^)#]+)", text))
     assert not [name for name in linked if not (ROOT / name).exists()]
 
@@ -82,8 +82,8 @@ def test_what_is_said_to_be_edited_is_there(readme):
 def test_the_example_learns_what_train_py_learns(run, monkeypatch):
     """On the same pictures, order and flips, from the same random weights: to rounding, which Adam
     makes grow."""
-    few = data.stratified_subset(synthetic.load("train"), 60, seed=0)
-    test = synthetic.load("test")
+    few = data.stratified_subset(datasets.synthetic("train"), 60, seed=0)
+    test = datasets.synthetic("test")
     flags = ["--unfreeze", "layer4", "--image-size", "48", "--batch-size", "25", "--epochs", "2"]
     expected = history(run(*flags), "train_loss", "test_accuracy")
 

@@ -8,7 +8,7 @@ from conftest import checkpoint, complaint, rows
 
 import data
 import freeze
-from plumbing import synthetic
+from plumbing import datasets
 from plumbing.checkpoint import load_model
 from study import representations
 
@@ -44,7 +44,7 @@ def copied(finished, tmp_path):
 def test_how_far_the_features_moved_is_written_beside_the_checkpoint(finished, copied, capsys):
     representations.main([str(copied)])
     (row,) = rows(copied.parent / "epoch2.representations.csv")
-    pixels, kept = synthetic.load("test").pixels, []
+    pixels, kept = datasets.synthetic("test").pixels, []
     for model in (load_model(checkpoint(finished)).model, freeze.build("resnet18", 10)):
         model.fc = torch.nn.Identity()
         with torch.no_grad():

@@ -23,8 +23,8 @@ import features
 import freeze
 import train
 from data import UserError
+from plumbing import datasets
 from plumbing import run as runs
-from plumbing import synthetic
 from plumbing.cli import command
 from plumbing.files import locked
 from study import representations
@@ -114,7 +114,7 @@ def same(one: Path, two: Path, *lengths: int) -> None:
 def train_apart(flags: list[str], rarely: float) -> None:
     """train.py in a process of its own, on few test pictures."""
     runs.CHECKPOINT_INTERVAL, runs.CHECKPOINT_SECONDS = rarely, rarely / 20
-    synthetic.COUNT["test"] = 60
+    datasets.DRAWN["test"] = 60
     train.main(flags)
 
 
@@ -395,7 +395,7 @@ def test_another_run_of_the_same_name_is_not_resumed_nor_replaced(
         patch.setitem(freeze.LEARNING_RATES, "layer4", 3e-4)
         rates = "learning_rates fc=0.001 layer4=0.0001, not fc=0.001 layer4=0.0003"
         refused(rates, *resuming)
-    load = synthetic.load
+    load = datasets.synthetic
 
     def refused_with(split: str, culprit: str, **parts) -> None:
         def another(asked: str):
@@ -405,7 +405,7 @@ def test_another_run_of_the_same_name_is_not_resumed_nor_replaced(
             return images
 
         with monkeypatch.context() as patch:
-            patch.setattr(synthetic, "load", another)
+            patch.setattr(datasets, "synthetic", another)
             refused(culprit, *resuming)
 
     train_images, test_images = load("train"), load("test")

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 # taken here before conftest.py makes it draw fewer
-from plumbing.synthetic import load, load_other
+from plumbing.datasets import synthetic, synthetic_other
 
-BOTH = pytest.mark.parametrize("draw", [load, load_other])
+BOTH = pytest.mark.parametrize("draw", [synthetic, synthetic_other])
 
 
 @BOTH
@@ -36,4 +36,4 @@ def test_no_colour_gives_a_class_away(draw):
 
 
 def test_the_two_sets_share_no_class():
-    assert not set(load("test").classes) & set(load_other("test").classes)
+    assert not set(synthetic("test").classes) & set(synthetic_other("test").classes)

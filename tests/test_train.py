@@ -10,10 +10,10 @@ from conftest import SMALL, checkpoint, complaint, history, rows
 import data
 import freeze
 import train
-from plumbing import flags, synthetic
+from plumbing import datasets, flags
 from plumbing.settings import Settings, settings_of
 
-CLASSES = synthetic.load("train").classes
+CLASSES = datasets.synthetic("train").classes
 TINY = ("--image-size", "32", "--epochs", "1")
 
 
