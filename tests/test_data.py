@@ -164,7 +164,7 @@ def little_cifar(monkeypatch) -> dict[str, bytes]:
     archives = {}
     for dataset, files, names in [
         (torchvision.datasets.CIFAR10, ten, "batches.meta"),
-        (torchvision.torchvision.datasets.CIFAR100, hundred, "meta"),
+        (torchvision.datasets.CIFAR100, hundred, "meta"),
     ]:
         archive, sums = packed(dataset.base_folder, files)
         meta = dataset.meta | {"md5": sums.pop(names)}
