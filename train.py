@@ -31,6 +31,7 @@ from plumbing import cache, datasets, distributed, flags, machine, report
 from plumbing.cli import command, progress
 from plumbing.convolution import use_fast_convolutions
 from plumbing.graph import CudaGraphStep
+from plumbing.report import score_epoch
 from plumbing.run import Run
 from plumbing.schedule import Schedule, lengths_of_runs
 from plumbing.settings import Settings, settings_of
@@ -159,7 +160,7 @@ def fine_tune(run: Run, model: nn.Module, images: datasets.Splits, device: torch
         targets = labels[order.to(device)].split(sizes)
         trained = train_epoch(step, batches, targets, schedule.after_step)
         run.trained(tail, trained, len(labels))
-        scores, correct = report.score_epoch(tail, inputs, images.watched(), settings, device)
+        scores, correct = score_epoch(tail, inputs, images.watched(), settings, device)
         run.keep(epoch, scores, correct)
 
 
