@@ -8,8 +8,7 @@
         loss = F.cross_entropy(tail(x), y.to(device))
 
 The prefix is frozen and in eval mode and the only augmentation is a mirror image, so an image
-has exactly two inputs to the tail. Computed once each, they turn every later epoch's pass
-through the prefix into a lookup.
+has exactly two inputs to the tail. Computed once, they are looked up in every later epoch.
 
 Imports torch, and data.py of this repository: copy both into yours.
 """
@@ -23,16 +22,14 @@ from torch import nn
 from data import UserError, transform
 
 SMALL_BYTES = 2**30  # of pixels: a GPU holds so many itself, to look them up without waiting
-Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
 class Features:
     """The inputs of the tail for one split: `dtype` [B, C, H, W] in channels_last memory.
 
-    prefix: the frozen stages, any module; pixels: uint8 [N, H, W, 3]; mirrored: whether both
-    flips will be asked for (training) or only the image itself (test); augment: changes a batch of
-    pixels at random, so that nothing can be computed once. Raises UserError for other pixels, and
-    where `transform` is random.
+    prefix: the frozen stages, any module; pixels: uint8 [N, H, W, 3]; mirrored: whether mirror
+    images will be asked for (training) or not (test); augment: changes a batch of pixels at random,
+    so that nothing can be computed once. Raises UserError for other pixels or a random `transform`.
     """
 
     def __init__(
@@ -43,16 +40,14 @@ class Features:
         device: torch.device | str,
         dtype: torch.dtype,
         mirrored: bool,
-        augment: Augment | None = None,
+        augment: Callable[[torch.Tensor, torch.Generator], torch.Tensor] | None = None,
     ):
         check(pixels, image_size)
         device = torch.device(device)
         self.prefix = prefix.to(device, dtype, memory_format=torch.channels_last)
-        self.pixels, self.image_size, self.device, self.dtype = pixels, image_size, device, dtype
         self.augment = augment
-        self.chunk = 16  # images per pass: on a CPU little memory, used again and again, is best
-        if device.type != "cpu":
-            self.chunk = 256
+        self.pixels, self.image_size, self.device, self.dtype = pixels, image_size, device, dtype
+        self.chunk = 16 if device.type == "cpu" else 256  # images; a CPU is fastest with few
         if device.type == "cuda" and pixels.nbytes <= SMALL_BYTES:
             self.pixels = pixels.to(device)
         self.store = None  # [rows, H, W, C]: image i, and from row N on its mirror image
@@ -76,9 +71,8 @@ class Features:
         flips: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[torch.Tensor]:
-        """Features of all images, `size` at a time, or as many as each of `size`: in `order`,
-        int64 [N], or as they come; mirrored where `flips`, bool [N] by image; augmented, if they
-        are, by what is drawn from `generator`."""
+        """Features of all images in `order`, int64 [N], mirrored where `flips`, bool [N] by image,
+        and augmented, if they are, by `generator`. size: of all batches, or of each."""
         if self.augment and generator is None:
             raise UserError("augmented features take a generator: data.epoch_generator makes one")
         rows = torch.arange(len(self)) if order is None else order
@@ -115,10 +109,9 @@ class Features:
         return torch.cat(parts)[:count].permute(0, 2, 3, 1)
 
     def copy_to_gpu(self, rows: torch.Tensor) -> torch.Tensor:
-        """These rows out of the host's memory, gathered into page-locked memory, from which the
-        GPU copies by itself, on a stream of its own: both hide behind the step before. Two batches
-        ahead at most."""
-        if len(self.copies) == 2:
+        """These rows of a store on the host. They are gathered into page-locked memory, from which
+        the GPU copies by itself, on a stream of its own: both hide behind the step before."""
+        if len(self.copies) == 2:  # batches ahead at most
             self.copies.popleft().synchronize()
         shape = (len(rows), *self.shape[1:])
         locked = torch.empty(shape, dtype=self.dtype, pin_memory=True)
@@ -131,12 +124,18 @@ class Features:
         found.record_stream(main)
         return found
 
-    def fill(self, device: torch.device | str, progress: Callable[[list], Iterable] = iter) -> None:
-        """Compute every feature once and keep it on `device`, the GPU or the CPU. progress: goes
-        through a list and shows how far it is, such as tqdm."""
+    def fill(
+        self,
+        device: torch.device | str,
+        progress: Callable[[list], Iterable] = iter,
+        store: torch.Tensor | None = None,
+    ) -> None:
+        """Compute every feature once and keep it on `device`, the GPU or the CPU, or in `store`.
+        progress: goes through a list and shows how far it is, such as tqdm."""
         if self.augment:
             raise UserError("augmented features are others in every epoch: they cannot be filled")
-        store = torch.empty(self.shape, dtype=self.dtype, device=device)
+        if store is None:
+            store = torch.empty(self.shape, dtype=self.dtype, device=device)
         for rows in progress(torch.arange(len(store)).split(self.chunk)):
             store[rows[0] : rows[-1] + 1] = self.compute(rows)
         self.store = store
@@ -149,7 +148,5 @@ def check(pixels: torch.Tensor, image_size: int) -> None:
         raise UserError(f"pixels must be uint8 [N, H, W, 3] with values of 0 to 255, not {found}")
     some = pixels[:64]
     if not torch.equal(transform(some, image_size), transform(some, image_size)):
-        raise UserError(
-            "data.transform gives another picture each time, and its pictures are computed once: "
-            "what is random belongs into AUGMENT, in the recipe of train.py"
-        )
+        why = "data.transform gives another picture each time, and each is computed once"
+        raise UserError(f"{why}: what is random belongs into AUGMENT, in the recipe of train.py")

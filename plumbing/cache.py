@@ -6,15 +6,15 @@ What does not fit in one place is split over several, and what fits nowhere is c
 epoch. A place that is too small in spite of the estimate is given up for the next one.
 """
 
-import atexit
 import contextlib
 import copy
 import functools
 import itertools
 import os
+import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -31,48 +31,46 @@ FREE_BYTES = 2 * 2**30  # left for training beside the features: 128 pictures of
 FREE_DISK_BYTES = 2**28  # left for checkpoints
 
 
-# ---------------------------------------------------------------- filling
-
-
 def keep(
     inputs: dict[str, Features],
     wanted: str,
     device: torch.device,
     folder: Path,
     settings: Settings,
-) -> tuple[dict[str, "Features | Pieces"], float]:
+) -> tuple[dict[str, "Features | SplitFeatures"], float]:
     """Compute these features once, keep them, and say where: training's first, test's last.
     wanted: one of PLACES; folder: for a file, which is gone when the process ends; settings: of the
     training, which needs memory beside them. Returns the features, now to be looked up, and the
     seconds that it took. Raises UserError when a place that was asked for cannot hold them all."""
-    features = list(inputs.values())
     start, computed = time.monotonic(), 0
-    pieces = [[] for _ in features]
-    # What comes out differently each time, or as it went in, is not kept.
-    constant = [len(feature.prefix) > 0 and not feature.augment for feature in features]
-    for place in usable_places(wanted, device) if any(constant) else ():
-        # How many images of each are left, and fit here beside what training needs.
-        left = [len(feature) - sum(map(len, own)) for feature, own in zip(features, pieces)]
-        left = [count * keeps for count, keeps in zip(left, constant)]
-        spare = spare_bytes(place, settings)
-        free = free_memory(place, device, folder)
-        counts = fitting(features, left, free, spare)
-        if wanted != "auto" and counts != left:
-            refuse(wanted, features, spare, free)
-        if any(counts):
-            print(describe(features, counts, place, free), flush=True)
-            computed += fill_place(place, features, counts, pieces, device, folder)
+    # How many images of each are still to be kept. Those that come out as they went in, or
+    # differently in every epoch, are not kept.
+    left = {name: len(some) for name, some in inputs.items() if some.prefix and not some.augment}
+    pieces = {name: [] for name in inputs}
+    for place in usable_places(wanted, device):
+        need = sum(image_bytes(inputs[name]) * count for name, count in left.items())
+        free, spare = free_memory(place, device, folder), spare_bytes(place, settings)
+        room = need if free is None else max(free - spare, 0)
+        if wanted != "auto" and need > room:
+            asked = f"--cache {wanted}: {need / 1e9:.2f} GB of features"
+            there = f"{spare / 1e9:.1f} GB to spare do not fit ({free / 1e9:.1f} GB free"
+            instead = "try --cache auto, --train-size or a smaller --image-size"
+            raise UserError(f"{asked} and {there} {WORDS[place]}); {instead}")
+        parts = fill_place(place, inputs, left, room, device, folder)
+        for name, part in parts.items():
+            pieces[name].append(part)
+            left[name] -= len(part)
+            computed += part.shape[0]
+        print_kept(parts.values(), sum(map(len, inputs.values())), place, free)
     seconds = time.monotonic() - start
     if computed:
         print(f"         filled in {seconds:.1f} s, {computed / seconds:,.0f} images/s", flush=True)
-    # What fits nowhere is computed whenever it is asked for.
-    for feature, own in zip(features, pieces):
-        first = sum(map(len, own))
-        if first < len(feature):
-            own.append(piece(feature, first, len(feature) - first))
-    print_uncached(features, pieces, wanted)
-    kept = [own[0] if len(own) == 1 else Pieces(own) for own in pieces]
-    return dict(zip(inputs, kept)), seconds
+    print_uncached(inputs, left, wanted)
+    return {name: joined(features, pieces[name]) for name, features in inputs.items()}, seconds
+
+
+def image_bytes(features: Features) -> int:
+    return features.bytes // len(features)
 
 
 def usable_places(wanted: str, device: torch.device) -> list[str]:
@@ -86,120 +84,93 @@ def usable_places(wanted: str, device: torch.device) -> list[str]:
 
 
 def spare_bytes(place: str, settings: Settings) -> int:
+    """What is to be left free. A step of larger pictures or batches needs more than the usual."""
     if place == "disk":
         return FREE_DISK_BYTES
-    size, batch = settings.image_size / 224, settings.batch_size / 128
-    step = batch * size**2  # what a step needs, against the usual one
+    step = settings.batch_size / 128 * (settings.image_size / 224) ** 2
     return int(FREE_BYTES * max(1, step))
-
-
-def fitting(
-    features: Sequence[Features], left: Sequence[int], free: int | None, spare: int
-) -> list[int]:
-    """How many of the images that are left fit into `free` bytes beside `spare`, the last features
-    first; all of them where nobody knows what is free."""
-    if free is None:
-        return list(left)
-    rest, counts = max(free - spare, 0), []
-    for feature, count in zip(reversed(features), reversed(left)):
-        one = feature.bytes // len(feature)
-        counts.append(min(count, rest // one))
-        rest -= counts[-1] * one
-    return counts[::-1]
 
 
 def fill_place(
     place: str,
-    features: Sequence[Features],
-    counts: Sequence[int],
-    pieces: Sequence[list[Features]],
+    inputs: dict[str, Features],
+    left: dict[str, int],
+    room: int,
     device: torch.device,
     folder: Path,
-) -> int:
-    """Fills a place with so many images of each, and adds them to the pieces. The last features go
-    first: all test pictures are looked up in every epoch, but of the two features of a training
-    picture one. Returns how many features were computed; fewer if the place is too small."""
-    computed = 0
+) -> dict[str, Features]:
+    """Computes as many features as fit into `room` bytes, and keeps them. The last inputs go first:
+    every epoch looks up all test features, but only one of two of a training picture. Returns the
+    pieces kept; they are fewer if the place is too small in spite of the estimate."""
+    parts = {}
+    show = functools.partial(progress, text="filling, batch")
     try:
-        for feature, count, own in reversed(list(zip(features, counts, pieces))):
-            if count:
-                part = piece(feature, sum(map(len, own)), count)
-                if place == "disk":
-                    fill_file(part, folder)
-                else:
-                    part.fill(torch.device("cpu") if place == "host" else device, show_filling)
-                own.append(part)
-                computed += part.shape[0]
+        for name in reversed(left):
+            count = min(left[name], room // image_bytes(inputs[name]))
+            if count == 0:
+                continue
+            part = piece(inputs[name], len(inputs[name]) - left[name], count)
+            if place == "device":
+                part.fill(device, show)
+            if place == "host":
+                part.fill(torch.device("cpu"), show)
+            if place == "disk":
+                part.fill(torch.device("cpu"), show, mapped_file(part, folder))
+            parts[name] = part
+            room -= part.bytes
     except (RuntimeError, MemoryError, OSError) as error:
         if not memory_is_full(error) and getattr(error, "errno", None) not in DISK_IS_FULL:
             raise
         wipe_line()
         print(f"         it does not fit {WORDS[place]} after all", flush=True)
-    return computed
+    return parts
 
 
-show_filling = functools.partial(progress, text="filling, batch")
-file_numbers = itertools.count()
-
-
-def fill_file(features: Features, folder: Path) -> None:
-    """Keeps features in a file that is mapped into memory, and has no name any more where the
-    system allows that; elsewhere it is deleted when the process ends."""
+def mapped_file(features: Features, folder: Path) -> torch.Tensor:
+    """An empty store for features, in a file that is mapped into memory. Its name is deleted at
+    once, so that it is gone when the process ends; on Windows the next run deletes it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f".features{next(file_numbers)}.{os.getpid()}.part"
-    atexit.register(file.unlink, missing_ok=True)
+    number, name = tempfile.mkstemp(".part", ".features.", folder)
     try:
-        with open(file, "wb") as out:
-            for rows in show_filling(torch.arange(features.shape[0]).split(features.chunk)):
-                block = features.compute(rows).cpu().contiguous()
-                out.write(block.view(torch.uint8).numpy())
+        if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process
+            os.posix_fallocate(number, 0, features.bytes)
         count = features.bytes // features.dtype.itemsize
-        store = torch.from_file(str(file), size=count, dtype=features.dtype)
-        features.store = store.view(features.shape)
+        store = torch.from_file(name, shared=True, size=count, dtype=features.dtype)
     finally:
+        os.close(number)
         with contextlib.suppress(OSError):  # Windows keeps a file that is in use
-            file.unlink()
+            os.unlink(name)
+    return store.view(features.shape)
 
 
-# ---------------------------------------------------------------- what is said
-
-
-def describe(
-    features: Sequence[Features], counts: Sequence[int], place: str, free: int | None
-) -> str:
-    size = sum(part.bytes // len(part) * count for part, count in zip(features, counts)) / 1e9
-    total = sum(map(len, features))
-    some = "" if sum(counts) == total else f" of {sum(counts):,} of {total:,} images"
-    free = "how much is free is not known" if free is None else f"{free / 1e9:.1f} GB were free"
-    return f"cache    {size:.2f} GB of features{some} {WORDS[place]}, {free}"
-
-
-def refuse(wanted: str, features: Sequence[Features], spare: int, free: int) -> None:
-    need = sum(feature.bytes for feature in features) / 1e9
-    raise UserError(
-        f"--cache {wanted}: {need:.2f} GB of features and {spare / 1e9:.1f} GB to spare do not fit "
-        f"({free / 1e9:.1f} GB free {WORDS[wanted]}); try --cache auto, --train-size or a smaller "
-        f"--image-size"
-    )
-
-
-def print_uncached(
-    features: Sequence[Features], pieces: Sequence[list[Features]], wanted: str
-) -> None:
-    """What goes through the frozen part in every epoch, and why."""
-    if not any(len(feature.prefix) for feature in features):
-        print("cache    off: no stage's output stays the same", flush=True)
+def print_kept(parts: Collection[Features], images: int, place: str, free: int | None) -> None:
+    if not parts:
         return
-    if any(feature.augment for feature in features):
+    size, count = sum(part.bytes for part in parts) / 1e9, sum(map(len, parts))
+    some = "" if count == images else f" of {count:,} of {images:,} images"
+    known = "how much is free is not known" if free is None else f"{free / 1e9:.1f} GB were free"
+    print(f"cache    {size:.2f} GB of features{some} {WORDS[place]}, {known}", flush=True)
+
+
+def print_uncached(inputs: dict[str, Features], left: dict[str, int], wanted: str) -> None:
+    """What goes through the frozen part in every epoch, and why."""
+    if not any(features.prefix for features in inputs.values()):
+        print("cache    off: no stage's output stays the same", flush=True)
+    elif any(features.augment for features in inputs.values()):
         print("cache    not of training pictures: AUGMENT changes them in every epoch", flush=True)
-    rest = [own[-1] for own in pieces if own[-1].store is None and not own[-1].augment]
-    if rest:
-        size, count = sum(part.bytes for part in rest) / 1e9, sum(map(len, rest))
+    if any(left.values()):
         why = "as asked" if wanted == "off" else "they do not fit (--cache disk takes a file)"
+        size = sum(image_bytes(inputs[name]) * count for name, count in left.items()) / 1e9
+        count = sum(left.values())
         print(f"cache    off for {size:.2f} GB of features of {count:,} images: {why}", flush=True)
 
 
-# ---------------------------------------------------------------- several places
+def joined(features: Features, kept: list[Features]) -> "Features | SplitFeatures":
+    """Looks up the pieces that are kept, and computes the rest whenever it is asked for."""
+    first = sum(map(len, kept))
+    if first < len(features):
+        kept = [*kept, piece(features, first, len(features) - first)]
+    return kept[0] if len(kept) == 1 else SplitFeatures(kept)
 
 
 def piece(features: Features, first: int, count: int) -> Features:
@@ -209,11 +180,11 @@ def piece(features: Features, first: int, count: int) -> Features:
     part = copy.copy(features)
     part.pixels, part.copies = features.pixels[first : first + count], deque()
     part.shape = (features.shape[0] // len(features) * count, *features.shape[1:])
-    part.bytes = features.bytes // len(features) * count
+    part.bytes = image_bytes(features) * count
     return part
 
 
-class Pieces:
+class SplitFeatures:
     """Looks up what Features look up, in pieces that follow each other."""
 
     def __init__(self, pieces: Sequence[Features]):

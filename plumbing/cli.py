@@ -25,11 +25,8 @@ from data import UserError
 from plumbing.machine import memory_is_full
 
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-INTERVAL_SECONDS = {True: 0.1, False: 60}  # between two lines of progress: on a terminal, elsewhere
 Item = TypeVar("Item")
-
-
-# ---------------------------------------------------------------- how it begins
+last_shown = time.monotonic()  # when show_line last wrote
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,27 +59,20 @@ def output(text: str) -> Path:
 
 
 def paths(texts: list[str]) -> list[str]:
-    """Files by name: ~ and patterns such as results/*/epoch10.pt are spelled out where the shell
-    has not done it."""
+    """Files by name. Patterns such as results/*/epoch10.pt are replaced by the files that match,
+    which Windows' shells do not do. What matches nothing stays, to be named in an error."""
     found = []
-    for text in texts:
-        text = os.path.expanduser(text)
+    for text in map(os.path.expanduser, texts):
         matching = [] if os.path.exists(text) else sorted(glob.glob(text))
         found += matching or [text]
     return found
 
 
-# ---------------------------------------------------------------- what it shows
-
-last_shown = time.monotonic()  # when show_line last wrote
-
-
 def progress(
     items: Iterable[Item], text: str, total: int | None = None, repeats: int = 0
 ) -> Iterator[Item]:
-    """The items as they are, and in a line that stays in place how many of them are done, and how
-    long it will still take. total: how many there are, if they have no len; repeats: how often
-    as many will be gone through again, in later epochs."""
+    """The items as they are. A line shows how many are done, and how long the run still takes.
+    total: how many there are, if they have no len; repeats: how many more epochs of as many."""
     total = len(items) if total is None else total
     start = time.monotonic()
     for done, item in enumerate(items, start=1):
@@ -96,10 +86,11 @@ def progress(
 def show_line(text: str) -> None:
     """A line in place on a terminal, ten times a second at most; elsewhere one line a minute."""
     global last_shown
-    now, terminal = time.monotonic(), sys.stdout.isatty()
-    if now - last_shown < INTERVAL_SECONDS[terminal]:
+    terminal = sys.stdout.isatty()
+    interval_seconds = 0.1 if terminal else 60
+    if time.monotonic() - last_shown < interval_seconds:
         return
-    last_shown = now
+    last_shown = time.monotonic()
     if not terminal:
         print(text, flush=True)
         return
@@ -108,13 +99,9 @@ def show_line(text: str) -> None:
 
 
 def wipe_line() -> None:
-    """Makes room on a terminal for a line that stays."""
+    """Empties show_line's line on a terminal, for a line that stays."""
     if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r{'':{width}}\r", end="", flush=True)
-
-
-# ---------------------------------------------------------------- how it ends
+        print("\r" + " " * (shutil.get_terminal_size().columns - 1), end="\r", flush=True)
 
 
 def command(main: Callable[[], None], when_stopped: str, when_full: str) -> None:
@@ -146,23 +133,22 @@ def command(main: Callable[[], None], when_stopped: str, when_full: str) -> None
 def outcome(error: Exception, when_full: str) -> tuple[int | None, str]:
     """The exit status and the line for an error; None for one that nobody but us can put right."""
     cause = error.__cause__ if isinstance(error, UserError) else error
-    if isinstance(cause, OSError) and cause.errno in DISK_IS_FULL:
+    disk_is_full = isinstance(cause, OSError) and cause.errno in DISK_IS_FULL
+    if disk_is_full or isinstance(error, FloatingPointError):
         return 1, f"error: {error}"
     if isinstance(error, UserError):
         return 2, f"error: {error}"
     if isinstance(error, PermissionError) and error.filename:
         return 2, f"error: cannot open {error.filename} ({error.strerror})"
-    if isinstance(error, FloatingPointError):
-        return 1, f"error: {error}"
     if memory_is_full(error):
         return 1, f"error: the memory is full: {when_full}"
     return None, ""
 
 
 class UnfailingStream:
-    """A stream to print to, which never ends a command: what it cannot spell is escaped, and when
-    nothing can be written any more, as after `| head -1` or when the terminal has gone, nothing is.
-    stream: None where there was never one."""
+    """A stream to print to that never ends a command. A character that its encoding lacks is
+    printed as \\xfc. After the reader has gone, as with `| head -1`, or the terminal has been
+    closed, what is printed is lost. stream: None under pythonw, which has none."""
 
     def __init__(self, stream: TextIO | None):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  # until the process ends
@@ -170,20 +156,17 @@ class UnfailingStream:
             self.stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        try:
-            return self.stream.write(text)
-        except OSError:
-            return self.give_up()
+        self.attempt(self.stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError:
-            self.give_up()
+        self.attempt(self.stream.flush)
 
-    def give_up(self) -> int:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        return 0
+    def attempt(self, function: Callable, *arguments: str) -> None:
+        try:
+            function(*arguments)
+        except OSError:  # from here on the stream leads nowhere, so that nothing fails at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)

@@ -37,35 +37,24 @@ def both_sides(matrix: list[list[float]]) -> torch.Tensor:
 
 # Along one side of a tile, for a row of 6 inputs and 3 weights: the 4 outputs are
 # A @ ((G @ weights) * (B @ inputs)). Interpolation at the points 0, 1, -1, 2, -2 and infinity.
-# A tile takes them along both its sides.
-B = both_sides(
-    [
-        [4, 0, -5, 0, 1, 0],
-        [0, -4, -4, 1, 1, 0],
-        [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0],
-        [0, 2, -1, -2, 1, 0],
-        [0, 4, 0, -5, 0, 1],
-    ]
-)
-G = both_sides(
-    [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ]
-)
-A = both_sides(
-    [
-        [1, 1, 1, 1, 1, 0],
-        [0, 1, -1, 2, -2, 0],
-        [0, 1, 1, 4, 4, 0],
-        [0, 1, -1, 8, -8, 1],
-    ]
-)
+# fmt: off
+B = both_sides([[4, 0, -5, 0, 1, 0],
+                [0, -4, -4, 1, 1, 0],
+                [0, 4, -4, -1, 1, 0],
+                [0, -2, -1, 2, 1, 0],
+                [0, 2, -1, -2, 1, 0],
+                [0, 4, 0, -5, 0, 1]])
+G = both_sides([[1 / 4, 0, 0],
+                [-1 / 6, -1 / 6, -1 / 6],
+                [-1 / 6, 1 / 6, -1 / 6],
+                [1 / 24, 1 / 12, 1 / 6],
+                [1 / 24, -1 / 12, 1 / 6],
+                [0, 0, 1]])
+A = both_sides([[1, 1, 1, 1, 1, 0],
+                [0, 1, -1, 2, -2, 0],
+                [0, 1, 1, 4, 4, 0],
+                [0, 1, -1, 8, -8, 1]])
+# fmt: on
 
 
 def use_fast_convolutions(network: nn.Module) -> None:
@@ -80,18 +69,17 @@ class Conv2d(nn.Conv2d):
     """An nn.Conv2d that computes as this file does, where it can, and else as ever."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        size, stride = self.kernel_size[0], self.stride[0]
-        odd = size % 2 == 1
-        usual = (size, size), (stride, stride), (size // 2, size // 2), (1, 1), 1, "zeros"
-        mine = self.kernel_size, self.stride, self.padding, self.dilation, self.groups
-        if x.device.type != "cpu" or not odd or (*mine, self.padding_mode) != usual:
+        size, stride, middle = self.kernel_size[0], self.stride[0], self.kernel_size[0] // 2
+        usual = (size, size), (stride, stride), (middle, middle), (1, 1), 1, "zeros"
+        own = self.kernel_size, self.stride, self.padding, self.dilation, self.groups
+        if x.device.type != "cpu" or size % 2 == 0 or (*own, self.padding_mode) != usual:
             return super().forward(x)
         weight = self.weight
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             x, weight = x.to(dtype), weight.to(dtype)
         if x.shape[2:] == (1, 1):  # all of the kernel but its middle meets the padding
-            weight = weight[:, :, size // 2, size // 2, None, None]
+            weight = weight[:, :, middle, middle, None, None]
         out = Convolution.apply(x, weight, stride)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype).view(1, -1, 1, 1)
@@ -99,8 +87,6 @@ class Conv2d(nn.Conv2d):
 
 
 class Convolution(torch.autograd.Function):
-    """`convolve`, with its gradients."""
-
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor:
         out, tiles = convolve(x, weight, stride)
@@ -115,8 +101,10 @@ class Convolution(torch.autograd.Function):
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
             of_x = input_gradient(gradient, x, weight, ctx.stride)
-        if ctx.needs_input_grad[1]:
-            of_weight = weight_gradient(gradient, x, weight, ctx.stride, tiles)
+        if ctx.needs_input_grad[1] and tiles is not None:
+            of_weight = winograd_weight_gradient(gradient, tiles)
+        elif ctx.needs_input_grad[1]:
+            of_weight = weight_gradient(gradient, x, weight, ctx.stride)
         return of_x, of_weight, None
 
 
@@ -156,15 +144,9 @@ def input_gradient(
 
 
 def weight_gradient(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stride: int,
-    tiles: torch.Tensor | None,
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: int
 ) -> torch.Tensor:
     size = weight.shape[-1]
-    if tiles is not None:
-        return winograd_weight_gradient(gradient, tiles)
     if max(gradient.shape[2:]) > WEIGHT_PRODUCT_SIDE:
         return conv2d_weight(x, weight.shape, gradient, stride, size // 2)
     by_channel = gradient.transpose(0, 1).reshape(gradient.shape[1], -1)  # in one piece for AMX

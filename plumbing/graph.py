@@ -13,7 +13,7 @@ changed that it depends on: a rate or another value of the optimizer, a mode (tr
 parameters learn, a number of a module's, a name of its own module that the step reads. And it is
 not made where a step waits for the device (item(), print of a tensor), draws random numbers on the
 CPU or counts there: such a step runs as it is, which is said once. Whatever else Python does in a
-step is done once only, such as looking into a dictionary; see train_step.
+step, such as looking into a dictionary, it does once only.
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
 
 Imports torch and numpy only: copy it into yours.
@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 WARM_UP_STEPS = 3  # ordinary ones first, in which libraries choose their kernels and Adam its state
-RECORDS_TO_PAY = 20  # steps in which a record must not have to be made anew, to be worth its making
+STEPS_TO_PAY = 20  # a record that is replayed less often has not been worth its making
 
 
 class CudaGraphStep:
@@ -49,8 +49,9 @@ class CudaGraphStep:
         self.parameters, self.modules = list(model.parameters()), list(model.modules())
         self.graph, self.inputs, self.output = None, None, None
         self.stream = torch.cuda.Stream()  # one to warm up and to record on
-        self.recordable, self.warm, self.replays, self.early = True, 0, 0, 0
-        self.depends_on, self.held, self.rates = None, [], make_capturable(optimizer)
+        self.recordable, self.warm_steps, self.replays, self.wasted_records = True, 0, 0, 0
+        self.depends_on, self.values_read = None, []
+        self.rate_tensors, self.rates = make_capturable(optimizer), None
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         if self.inputs is None:
@@ -60,15 +61,17 @@ class CudaGraphStep:
         if not self.recordable:
             return self.step(*inputs)
         self.notice_changes()
-        if self.warm < WARM_UP_STEPS:
+        if self.warm_steps < WARM_UP_STEPS:
             return self.warm_up(inputs)
         for place, tensor in zip(self.inputs, inputs):
             place.copy_(tensor)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        if rates != self.rates:
+            for tensor, rate in zip(self.rate_tensors, rates):
+                tensor.fill_(rate)
+            self.rates = rates
         if self.graph is None:
             self.record()
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            if rate is not None and rate.host != group["lr"]:
-                rate.fill(group["lr"])
         self.graph.replay()
         self.replays += 1
         return self.output
@@ -86,39 +89,39 @@ class CudaGraphStep:
         depends_on = self.state()
         if depends_on == self.depends_on:
             return
-        if self.depends_on is not None:
-            self.early += self.replays < RECORDS_TO_PAY
-            if self.early == 3:
-                self.give_up(
-                    "what it depends on, such as its optimizer's values, changes too often"
-                )
-        self.depends_on, self.graph, self.warm, self.replays = depends_on, None, 0, 0
+        if self.depends_on is not None and self.replays < STEPS_TO_PAY:
+            self.wasted_records += 1
+            if self.wasted_records == 3:
+                self.give_up("what it depends on, such as a rate, changes too often")
+        self.depends_on, self.graph, self.warm_steps, self.replays = depends_on, None, 0, 0
 
     def state(self) -> tuple:
         """All that a record depends on and that may change between two steps."""
         learns = [parameter.requires_grad for parameter in self.parameters]
-        modes = [numbers_in(vars(module)) for module in self.modules]  # training, momentum, p
+        modes = [plain_values(vars(module)) for module in self.modules]  # training, momentum, p
         values = []
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            skipped = {"params", "initial_lr", "lr" if rate is not None else "params"}
+        for group in self.optimizer.param_groups:
+            skipped = {"params", "initial_lr"}
+            if self.rate_tensors:
+                skipped.add("lr")  # read from a tensor, which is filled anew
             values.append({name: group[name] for name in group if name not in skipped})
         read = list(read_by(self.step))
-        self.held = [value for _, value in read]  # so that no other object gets the same id
+        self.values_read = [value for _, value in read]  # so that none is freed and its id reused
         names = [(name, value if is_plain(value) else id(value)) for name, value in read]
         return learns, modes, values, names
 
     def warm_up(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """An ordinary step; not on the default stream, says the documentation. The last one is
         watched for what cannot be recorded."""
-        self.warm += 1
-        side, main = self.stream, torch.cuda.current_stream()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            if self.warm < WARM_UP_STEPS:
+        self.warm_steps += 1
+        main = torch.cuda.current_stream()
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream):
+            if self.warm_steps < WARM_UP_STEPS:
                 output = self.step(*inputs)
             else:
                 output = self.watch(inputs)
-        main.wait_stream(side)
+        main.wait_stream(self.stream)
         return output
 
     def watch(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -142,18 +145,14 @@ class CudaGraphStep:
     def record(self) -> None:
         """Records the step, which runs nothing. Its rates are tensors meanwhile, if the optimizer
         takes them, so that a schedule needs no new record."""
-        groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
         graph = torch.cuda.CUDAGraph()
         try:
-            for group, rate in zip(groups, self.rates):
-                if rate is not None:
-                    rate.fill(group["lr"])
-                    group["lr"] = rate.tensor
+            for group, tensor in zip(self.optimizer.param_groups, self.rate_tensors):
+                group["lr"] = tensor
             with torch.cuda.graph(graph, stream=self.stream):
                 self.output = self.step(*self.inputs)
         finally:
-            for group, rate in zip(groups, rates):
+            for group, rate in zip(self.optimizer.param_groups, self.rates):
                 group["lr"] = rate
         self.graph = graph
 
@@ -162,29 +161,17 @@ class CudaGraphStep:
         self.say(f"graph    left out, every step is launched anew: {why}")
 
 
-class Rate:
-    """A learning rate on the device, and what it is, on the host."""
-
-    def __init__(self, device: torch.device):
-        self.tensor, self.host = torch.zeros((), device=device), None
-
-    def fill(self, value: float) -> None:
-        self.host = value
-        self.tensor.fill_(value)
-
-
-def make_capturable(optimizer: torch.optim.Optimizer) -> list[Rate | None]:
+def make_capturable(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Has an optimizer count its steps on the GPU, if it counts them (Adam does, SGD does not).
-    Gives a rate on the device for each group of an optimizer that takes them, otherwise None."""
+    Gives a rate on the device for each group of an optimizer that takes them, otherwise none."""
     warnings.filterwarnings("ignore", message=".*capturable=True can impair")  # before the record
-    takes_tensors = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
-    rates = []
     for group in optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = True
-        device = group["params"][0].device
-        rates.append(Rate(device) if takes_tensors else None)
-    return rates
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return []
+    groups = optimizer.param_groups
+    return [torch.zeros((), device=group["params"][0].device) for group in groups]
 
 
 def own_function(step: Callable) -> Callable:
@@ -214,7 +201,7 @@ def is_plain(value: object) -> bool:
     return isinstance(value, (float, int, str))
 
 
-def numbers_in(names: dict) -> dict:
+def plain_values(names: dict) -> dict:
     return {name: value for name, value in names.items() if is_plain(value)}
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from plumbing import graph
 
-WARM = graph.WARM_UP_STEPS
+ORDINARY, RECORDED = ["ordinary"] * graph.WARM_UP_STEPS, ["recorded"]
+ANEW = ORDINARY + RECORDED
 ALPHA = 0.5  # which a step below reads
 RANDOM = np.random.default_rng(0)
 
@@ -38,23 +39,28 @@ class Recorder:
             self.kinds.append("recorded")
             self.recorded.append(add)
 
-    def make(self, step=None) -> graph.CudaGraphStep:
+    def make(self, step=None, optimizer=None) -> graph.CudaGraphStep:
+        self.optimizer = optimizer or self.optimizer
         made = graph.CudaGraphStep(step or self.step, self.model, self.optimizer, self.said.append)
         self.call = made
         return made
 
-    def run(self, count: int, rows: int = 4) -> list[str]:
+    def run(self, count: int) -> list[str]:
         """Calls the step, and gives what kinds of steps that came to."""
         before = len(self.kinds)
         for _ in range(count):
-            self.call(torch.ones(rows, 2), torch.ones(rows))
+            self.call(torch.ones(4, 2), torch.ones(4))
         return self.kinds[before:]
+
+    def sgd(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.model.parameters(), lr=0.1)
 
 
 @pytest.fixture
 def recorder(monkeypatch):
     """torch.cuda's graphs and streams, played by lists."""
     recorder = Recorder()
+    warmed_up_on = []
 
     class Graph:
         def replay(self):
@@ -72,22 +78,20 @@ def recorder(monkeypatch):
         yield
         recorder.recorded = None
 
-    warmed_up_on = []
+    @contextmanager
+    def on_stream(side):
+        warmed_up_on.append(side)
+        yield
 
     def set_mode(mode) -> None:  # as torch does, once in a process
         warnings.warn("the mode does not yet detect all synchronizing operations", stacklevel=1)
-
-    @contextmanager
-    def stream(side):
-        warmed_up_on.append(side)
-        yield
 
     main = Stream()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
     return recorder
@@ -102,8 +106,8 @@ def test_every_batch_counts_once_and_is_recorded_once(recorder):
         x.zero_()  # what was handed over may change
     expected = [(8.0 * i, 4.0 * i, 0.1) for i in range(1, 9)]
     expected[4] = (30.0, 15.0, 0.1)
-    assert recorder.kinds == ["ordinary"] * WARM + ["recorded", "ordinary"]
-    assert recorder.sums == expected
+    assert recorder.kinds == ANEW + ["ordinary"] and recorder.sums == expected
+    assert not any(x.any() for x, _ in batches)  # nothing has been written into them
 
 
 def test_the_layout_of_the_inputs_is_kept(recorder):
@@ -116,7 +120,7 @@ def test_the_layout_of_the_inputs_is_kept(recorder):
 def test_a_rate_that_changes_is_taken_without_a_new_record(recorder):
     """Adam reads it from the device; a scheduler sees plain numbers."""
     recorder.make()
-    recorder.run(WARM + 2)
+    recorder.run(graph.WARM_UP_STEPS + 2)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(recorder.optimizer, 0.5)
     for _ in range(3):
         assert not recorder.run(1)
@@ -125,105 +129,78 @@ def test_a_rate_that_changes_is_taken_without_a_new_record(recorder):
     assert isinstance(recorder.optimizer.param_groups[0]["lr"], float)
 
 
-def test_a_rate_of_an_optimizer_that_takes_no_tensor_makes_a_new_record(recorder):
-    recorder.optimizer = torch.optim.SGD(recorder.model.parameters(), lr=0.1)
-    recorder.make()
-    recorder.run(WARM + 2)
-    recorder.optimizer.param_groups[0]["lr"] = 0.05
-    assert recorder.run(graph.RECORDS_TO_PAY) == ["ordinary"] * WARM + ["recorded"]
-    assert recorder.sums[-1][2] == 0.05
-
-
 def test_what_changes_in_every_step_is_not_recorded_again_and_again(recorder):
-    recorder.optimizer = torch.optim.SGD(recorder.model.parameters(), lr=0.1)
-    recorder.make()
+    recorder.make(optimizer=recorder.sgd())
     for number in range(40):
         recorder.run(1)
-        if number > WARM:
+        if number > graph.WARM_UP_STEPS:
             recorder.optimizer.param_groups[0]["lr"] *= 0.9
     assert recorder.kinds.count("recorded") <= 3 and len(recorder.sums) == 40
-    rates = [rate for _, _, rate in recorder.sums]
-    assert rates[-1] == round(0.1 * 0.9 ** (39 - WARM - 1), 6)
+    assert recorder.sums[-1][2] == round(0.1 * 0.9 ** (39 - graph.WARM_UP_STEPS - 1), 6)
+    assert "changes too often" in recorder.said[0]
 
 
-@pytest.mark.parametrize("change", ["weight decay", "what learns", "mode"])
-def test_what_a_record_depends_on_makes_a_new_one(recorder, change):
-    recorder.make()
-    recorder.run(WARM + 3)
-    if change == "weight decay":
-        recorder.optimizer.param_groups[0]["weight_decay"] = 0.1
-    if change == "what learns":  # gradual unfreezing
-        recorder.model[0].requires_grad_(False)
-    if change == "mode":
-        recorder.model.eval()
-    assert recorder.run(WARM + 2) == ["ordinary"] * WARM + ["recorded"]
-    assert recorder.run(5) == []
-
-
-def test_a_number_that_the_step_reads_from_its_module_makes_a_new_record(recorder, monkeypatch):
-    def step(x, y):
-        recorder.step(x * halved(), y)
-
-    recorder.make(step)
-    recorder.run(WARM + 2)
-    monkeypatch.setitem(globals(), "ALPHA", 0.25)
-    assert recorder.run(WARM + 2) == ["ordinary"] * WARM + ["recorded"]
-    assert recorder.sums[-1][0] == 2.0
-
-
-def halved() -> float:
-    return ALPHA
-
-
-DRAWS = {
-    "random": lambda: random.random(),
-    "numpy": lambda: np.random.random(),
-    "torch": lambda: torch.rand(1),
-    "a generator of the module": lambda: RANDOM.beta(0.2, 0.2),
+CHANGES = {
+    "SGD's rate": lambda recorder, _: recorder.optimizer.param_groups[0].update(lr=0.05),
+    "weight decay": lambda recorder, _: recorder.optimizer.param_groups[0].update(weight_decay=0.1),
+    "what learns": lambda recorder, _: recorder.model[0].requires_grad_(False),
+    "mode": lambda recorder, _: recorder.model.eval(),
+    "a module's number": lambda recorder, _: setattr(recorder.model[1], "momentum", 0.2),
+    "a number that the step reads": lambda _, patch: patch.setitem(globals(), "ALPHA", 0.25),
 }
 
 
-@pytest.mark.parametrize("draw", DRAWS)
-def test_a_step_that_draws_on_the_cpu_is_not_recorded(recorder, draw):
-    """As mixup does, with NumPy: the record would have the same number for ever."""
-    one = DRAWS[draw]
-    step = {
-        "random": lambda x, y: recorder.step(x * random.random(), y),
-        "numpy": lambda x, y: recorder.step(x * np.random.random(), y),
-        "torch": lambda x, y: recorder.step(x * torch.rand(1), y),
-        "a generator of the module": lambda x, y: recorder.step(x * RANDOM.beta(2, 2), y),
-    }[draw]
-    assert one() is not None
-    recorder.make(step)
-    recorder.run(10)
-    assert recorder.kinds == ["ordinary"] * 10
-    assert recorder.said == [
-        "graph    left out, every step is launched anew: it draws random numbers on the CPU"
-    ]
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_record_depends_on_makes_a_new_one(recorder, monkeypatch, change):
+    optimizer = recorder.optimizer
+    if change == "SGD's rate":  # which is no tensor
+        optimizer = recorder.sgd()
+    recorder.make(lambda x, y: recorder.step(x * read_by_a_function(), y), optimizer)
+    recorder.run(graph.WARM_UP_STEPS + 3)
+    CHANGES[change](recorder, monkeypatch)
+    assert recorder.run(graph.WARM_UP_STEPS + 5) == ANEW
+    alpha, rate = recorder.sums[-1][0] / 8, recorder.sums[-1][2]
+    assert alpha == ALPHA and rate == recorder.optimizer.param_groups[0]["lr"]
 
 
-def test_a_step_that_waits_for_the_device_is_not_recorded(recorder):
-    """As GradScaler does for an optimizer that takes no tensors of it: item() in a recording would
-    end all use of the GPU."""
+def read_by_a_function() -> float:
+    return ALPHA
 
-    def step(x, y):
-        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-        recorder.step(x, y)
 
-    recorder.make(step)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        recorder.run(10)
-    assert recorder.kinds == ["ordinary"] * 10
+def waits(x: torch.Tensor) -> torch.Tensor:
+    """As GradScaler does for SGD. item() in a recording would end all use of the GPU."""
+    warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    return x
+
+
+DRAWS, WAITS = "it draws random numbers on the CPU", "it waits for the device, as item()"
+
+
+@pytest.mark.parametrize(
+    "step_of, why",
+    [
+        (lambda run: lambda x, y: run(x * random.random(), y), DRAWS),
+        (lambda run: lambda x, y: run(x * np.random.random(), y), DRAWS),  # as mixup does
+        (lambda run: lambda x, y: run(x * torch.rand(1), y), DRAWS),
+        (lambda run: lambda x, y: run(x * RANDOM.beta(2, 2), y), DRAWS),
+        (lambda run: lambda x, y: run(waits(x), y), WAITS),
+    ],
+    ids=["random", "numpy", "torch", "a generator of the module", "waits"],
+)
+@pytest.mark.filterwarnings("ignore:called a synchronizing")
+def test_a_step_that_draws_on_the_cpu_or_waits_is_not_recorded(recorder, step_of, why):
+    recorder.make(step_of(recorder.step))
+    assert recorder.run(10) == ["ordinary"] * 10
     (line,) = recorder.said
-    assert "it waits for the device" in line
+    assert line.startswith(f"graph    left out, every step is launched anew: {why}")
 
 
-def test_an_optimizer_is_made_ready_for_the_graph_whatever_it_is():
+def test_an_optimizer_counts_on_the_gpu_or_that_is_noticed():
     """A state that a CPU kept says capturable=False, without which no graph is recorded."""
-    weights = [nn.Parameter(torch.zeros(1))]
-    adam, sgd = torch.optim.Adam(weights), torch.optim.SGD(weights)
-    assert graph.make_capturable(adam)[0] is not None
-    assert graph.make_capturable(sgd) == [None]
-    assert adam.param_groups[0]["capturable"] is True
-    assert "capturable" not in sgd.param_groups[0]
+    weight = nn.Parameter(torch.zeros(1))
+    weight.grad = torch.ones(1)
+    adam, sgd = torch.optim.Adam([weight]), torch.optim.SGD([weight])
+    adam.step(), sgd.step()
+    assert graph.counts_on_cpu(adam) and not graph.counts_on_cpu(sgd)
+    assert len(graph.make_capturable(adam)) == 1 and graph.make_capturable(sgd) == []
+    assert adam.param_groups[0]["capturable"] and "capturable" not in sgd.param_groups[0]
