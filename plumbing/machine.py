@@ -93,8 +93,13 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def processor() -> dict:
-    """The processor's "cpu_name", and what it can do; empty before torch 2.11."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
+    """The processor's "cpu_name", from torch 2.11 on, and whether it has "amx_bf16", ..."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    with contextlib.suppress(OSError):
+        listed = Path("/proc/cpuinfo").read_text()
+        return dict.fromkeys(re.findall(r"\b(?:amx|avx512)_bf16\b", listed), True)
+    return {}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

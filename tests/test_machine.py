@@ -133,7 +133,9 @@ def test_the_precision_is_what_the_hardware_multiplies_fast(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
         assert machine.pick_precision("auto", CPU) == precision
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # before torch 2.11
-    assert machine.pick_precision("auto", CPU) == "fp32"
+    for flags, precision in [("avx2 amx_bf16 amx_tile", "bf16"), ("avx2 avx512f", "fp32")]:
+        monkeypatch.setattr(Path, "read_text", lambda *_, flags=flags: f"flags : {flags}\n")
+        assert machine.pick_precision("auto", CPU) == precision
     assert machine.pick_precision("auto", mps) == "fp32"
     assert machine.pick_precision("bf16", CPU) == "bf16"
     with pytest.raises(UserError, match="--precision fp16 is not for Apple's GPUs"):
