@@ -68,17 +68,16 @@ def load_splits(args: Namespace, batchnorm_learns: bool) -> Splits:
             raise UserError(f"--val-share: {args.data_dir} has validation pictures already")
         splits["val"] = load(args.dataset, "val", *where, *alike)
     if args.val_share:
-        val, train = pictures.draw_share(train, args.val_share, args.test_seed, "--val-share")
-        splits["val"] = val
+        shared = train, args.val_share, args.test_seed
+        splits["val"], train = pictures.draw_share(*shared, "--val-share")
     if args.train_size:
         train = stratified_subset(train, args.train_size, args.seed)
     test = load(args.dataset, "test", *where, *alike)
     check(args, train, test, batchnorm_learns)
     splits |= {"train": train, "test": test}
-    val = splits.get("val")
     return Splits(
         train=Images(*map(distributed.local_rows, train[:2]), train.classes),
-        val=val and distributed.shard(val),
+        val=distributed.shard(splits["val"]) if "val" in splits else None,
         test=distributed.shard(test),
         train_images=len(train.labels),
         picture_size=size,
@@ -91,17 +90,16 @@ def check(args: Namespace, train: Images, test: Images, batchnorm_learns: bool) 
     if args.dataset == "folder":
         seen = set(map(fingerprint, train.pixels))
         if twice := sum(fingerprint(picture) in seen for picture in test.pixels):
-            count = f"{twice:,} of the {len(test.labels):,} test pictures"
-            worth = "it tells little about others"
-            print(f"warning: {count} are training pictures too: {worth}", flush=True)
+            worth = "are training pictures too: it tells little about others"
+            print(f"warning: {twice:,} of the {len(test.labels):,} test pictures {worth}")
     tested = set(test.labels.tolist())
     if untested := [name for i, name in enumerate(train.classes) if i not in tested]:
         print(f"warning: no test pictures of {', '.join(untested[:10])}", flush=True)
     if len(train.classes) < 2:
-        only = f"{args.data_dir} holds one class, {train.classes[0]}"
-        raise UserError(f"{only}: telling classes apart takes two")
-    processes = distributed.world_size()
-    if (fewest := min(len(train.labels), len(test.labels))) < processes:
+        two = "telling classes apart takes two"
+        raise UserError(f"{args.data_dir} holds one class, {train.classes[0]}: {two}")
+    fewest, processes = min(len(train.labels), len(test.labels)), distributed.world_size()
+    if fewest < processes:
         raise UserError(f"{fewest} images are too few for {processes} processes")
     last = distributed.smallest_batch(len(train.labels), args.batch_size)
     if last == 1 and args.image_size == 32 and batchnorm_learns:
@@ -144,26 +142,23 @@ class TestSets:
         key += metadata["test_share"], settings["test_seed"], metadata["picture_size"]
         if key != self.key:
             self.images, self.key = load(*key), key
-            self.hash = fingerprint(self.images.pixels, self.images.labels)
+            self.hash = fingerprint(*self.images[:2])
         if self.hash != settings["test_data"]:
             print("warning: these are not the test pictures that the run was tested on", flush=True)
         return self.images
-
-
-# ---------------------------------------------------------------- downloading
 
 
 def fetch(name: str, data_dir: Path) -> None:
     """Have torchvision download a CIFAR data set, check its md5 and unpack it, from the first
     source that delivers. Raises UserError naming every source that failed, and what to do."""
     if data_dir.is_dir() and "train" in pictures.split_folders(data_dir):
-        meant = f"{data_dir} holds pictures to train on"
-        raise UserError(f"{meant}: --dataset folder was probably meant, with --data-dir {data_dir}")
+        raise UserError(f"{data_dir} holds pictures: --dataset folder was probably meant")
     try:
         (data_dir / ".locks").mkdir(parents=True, exist_ok=True)  # where locked() writes first
     except OSError as error:
         raise UserError(f"cannot write to --data-dir {data_dir} ({error.strerror})") from error
-    archive, md5, failures = data_dir / SOURCES[name][-1].filename, SOURCES[name][-1].tgz_md5, []
+    dataset, failures = SOURCES[name][-1], []
+    archive, md5 = data_dir / dataset.filename, dataset.tgz_md5
     with locked(data_dir, archive.name, wait=True), socket_timeout():
         for source in SOURCES[name]:
             if not check_integrity(archive, md5):
@@ -173,16 +168,16 @@ def fetch(name: str, data_dir: Path) -> None:
                 return
             except (OSError, ValueError, HTTPException, RuntimeError) as error:
                 failures.append(f"{source.url}: {error}")
+    by_hand = f"Put that file (md5 {md5}) into {data_dir.resolve()} by hand"
     raise UserError(
-        f"could not download {archive.name} ({'; '.join(failures)}). Put that file (md5 "
-        f"{md5}) into {data_dir.resolve()} by hand, or use --dataset synthetic, "
-        "which needs no files"
+        f"could not download {archive.name} ({'; '.join(failures)}). {by_hand}, or use "
+        "--dataset synthetic, which needs no files"
     )
 
 
 def download(url: str, file: Path, sha256: str) -> None:
-    """Fetch a file, which appears whole or not at all. sha256: how its hash begins. Raises OSError,
-    ValueError or HTTPException of the network, and UserError for other bytes."""
+    """Fetch a file, whole or not at all, whose sha256 begins so. Raises UserError if it does not,
+    and OSError, ValueError or HTTPException of the network."""
     print(f"downloading {file.name} from {url}", flush=True)
     try:
         with socket_timeout():
@@ -202,29 +197,22 @@ def socket_timeout() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-# ---------------------------------------------------------------- drawn pictures
-
-
 def synthetic(split: str) -> Images:
-    """Drawn textures and shapes: uint8 [2000 train or 500 test, 32, 32, 3], the same every time.
-
-    Ten balanced classes; position, size, tilt, contrast, colours and noise are random, so
-    neither a colour nor a place gives a class away.
-    """
-    names = "bars checks cross diagonals disc dots ring square triangle waves"
-    return drawn(names, np.random.default_rng([0, split == "test"]), DRAWN[split])
+    """Drawn textures and shapes: uint8 [2000 train or 500 test, 32, 32, 3], the same every time."""
+    return drawn(0, split, "bars checks cross diagonals disc dots ring square triangle waves")
 
 
 def synthetic_other(split: str) -> Images:
     """As many of ten other classes."""
-    names = "bricks crescent frame grid half hexagon rays rings spiral star"
-    return drawn(names, np.random.default_rng([1, split == "test"]), DRAWN[split])
+    return drawn(1, split, "bricks crescent frame grid half hexagon rays rings spiral star")
 
 
-def drawn(names: str, generator: np.random.Generator, count: int) -> Images:
-    """Pictures of the named classes of `shapes`, in colours: image i is of class i % 10."""
-    classes, labels = tuple(names.split()), np.arange(count) % 10
+def drawn(seed: int, split: str, names: str) -> Images:
+    """Pictures of ten classes of `shapes`: image i is of class i % 10. Position, size, tilt,
+    contrast, colours and noise are random, so neither a colour nor a place gives a class away."""
+    generator, count = np.random.default_rng([seed, split == "test"]), DRAWN[split]
     draw = functools.partial(generator.uniform, size=(count, 1, 1))  # one number for each image
+    classes, labels = tuple(names.split()), np.arange(count) % 10
 
     # Coordinates x and y of the pixels, [count, 32, 32], moved and tilted.
     row, column = np.mgrid[0:32, 0:32] - 15.5
@@ -235,8 +223,8 @@ def drawn(names: str, generator: np.random.Generator, count: int) -> Images:
     inside = np.empty((count, 32, 32, 1), bool)
     for label, name in enumerate(classes):
         own = labels == label
-        shape = shapes(x[own], y[own], radius[own], period[own], phase[own])[name]
-        inside[own, ..., 0] = shape()
+        draws = shapes(x[own], y[own], radius[own], period[own], phase[own])
+        inside[own, ..., 0] = draws[name]()
 
     middle = generator.uniform(90, 165, (count, 1, 1, 3))
     contrast = generator.normal(0, 1, (count, 1, 1, 3))

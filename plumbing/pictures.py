@@ -131,9 +131,6 @@ def draw_share(images: Images, share: float, seed: int, flag: str) -> tuple[Imag
     return parts[0], parts[1]
 
 
-# ---------------------------------------------------------------- which files are pictures
-
-
 def pictures_in(path: Path, may_lack: bool) -> tuple[tuple[str, ...], list[Path]]:
     """The classes, sorted, and the pictures of all of them. may_lack: a class may be empty. Raises
     UserError, also for pictures that lie deeper: they may be a class of their own."""
@@ -201,9 +198,6 @@ def composed(name: str) -> str:
 def say_once(text: str) -> None:
     wipe_line()
     print(text, flush=True)
-
-
-# ---------------------------------------------------------------- reading them
 
 
 def size_in_memory(files: list[Path], image_size: int) -> tuple[int, int]:
