@@ -12,7 +12,6 @@ Imports torch, torchvision, numpy and PIL, nothing of this repository: copy it i
 """
 
 import functools
-import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 
 # Of RGB in [0, 1]: what torchvision's ImageNet weights expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,7 +29,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Text in a PNG that unpacks to more than 1 MB, such as an image generator's workflow, would make
 # Pillow refuse the picture.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
-JPEG_START, JFIF_72_DPI = b"\xff\xd8", b"\xff\xe0\0\x10JFIF\0\1\1\1\0H\0H\0\0"
 
 
 class UserError(Exception):
@@ -89,9 +87,8 @@ def transform(
     # pass over the images in their final type, where ToTensor and Normalize make three in float32.
     mean, variance = mean_and_variance(pixels.device)
     images = images.to(dtype, memory_format=torch.channels_last)
-    return F.batch_norm(
-        images, mean, variance, eps=1e-12
-    )  # torch 2.11 takes no 0: lost in rounding
+    # torch 2.11 takes no epsilon of 0; this one is lost in rounding.
+    return F.batch_norm(images, mean, variance, eps=1e-12)
 
 
 @functools.cache
@@ -116,13 +113,11 @@ def epoch_generator(seed: int, epoch: int, device: torch.device | str) -> torch.
     return torch.Generator(device).manual_seed(int(state[0] >> 1))
 
 
-def random_crop(
-    pixels: torch.Tensor, generator: torch.Generator, padding: int | None = None
-) -> torch.Tensor:
-    """An AUGMENT: each image moved by up to `padding` pixels (an eighth of its height; 4 for CIFAR)
-    in both directions, with black where it leaves. uint8 [B, H, W, 3] to the same, any device."""
+def random_crop(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """An AUGMENT: each image moved by up to an eighth of its height (4 pixels for CIFAR) in both
+    directions, with black where it leaves. uint8 [B, H, W, 3] to the same, any device."""
     count, height, width, _ = pixels.shape
-    border = height // 8 if padding is None else padding
+    border = height // 8
     padded = F.pad(pixels, (0, 0, border, border, border, border))
     where = {"generator": generator, "device": pixels.device}
     top, left = torch.randint(2 * border + 1, (2, count, 1), **where)
@@ -147,86 +142,42 @@ def random_erase(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tens
 def read_picture(file: str | Path, size: Sequence[int] | None = None) -> torch.Tensor:
     """A picture file as a batch of one: uint8 [1, height, width, 3], RGB. size: (height, width) to
     resize to, as torchvision's Resize does. Raises UserError naming the file."""
-    image = open_picture(file).image
+    image, _ = open_picture(file)
     if size:
         height, width = size
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image))[None]
 
 
-class Picture(NamedTuple):
-    """A picture file, opened."""
-
-    image: Image.Image  # 8 bits of RGB, upright as its EXIF orientation says
-    transparent: bool  # whether it was, and stands on white now
-    highest: int  # value of one with 16 bits a channel, 0 to 65,535; of others 0
-
-
-def open_picture(file: str | Path) -> Picture:
-    """Raises UserError naming a file that cannot be read, or holds values of which nobody knows
-    what is white."""
+def open_picture(file: str | Path) -> tuple[Image.Image, bool]:
+    """A picture file in RGB, upright as its EXIF orientation says; and whether it was transparent,
+    and stands on white now. Raises UserError naming a file that cannot be read."""
     try:
-        with open_lazily(file) as image:
-            deep = ";16" in str(image.tile)  # of 16 bits of colour, Pillow keeps the upper 8
-            image.load()
-            return as_rgb(upright(image), deep)
+        with Image.open(file) as image:
+            image.getexif()  # read before it is dropped: exif_transpose would write it anew, and
+            image.info.pop("exif", None)  # fail where a camera wrote entries that are not valid
+            return as_rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
     except Exception as error:  # Pillow's plugins raise nearly everything on a broken file
         raise UserError(f"cannot read the picture {file}: {error}") from error
 
 
-def open_lazily(file: str | Path) -> Image.Image:
-    """Image.open, also for a JPEG whose EXIF gives the resolution in nonsense: Pillow asks for that
-    only where no JFIF header before it does, so one is put there."""
-    try:
-        return Image.open(file)
-    except UnidentifiedImageError:
-        content = Path(file).read_bytes()
-        if not content.startswith(JPEG_START):
-            raise
-        return Image.open(io.BytesIO(JPEG_START + JFIF_72_DPI + content[2:]))
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF says, if it says so: broken metadata does not make a broken picture."""
-    try:
-        image.getexif()  # which is kept: Pillow need not write again what else is in there
-        for name in ("exif", "Raw profile type exif"):
-            image.info.pop(name, None)
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
-
-
-def as_rgb(image: Image.Image, deep: bool) -> Picture:
-    """See open_picture. deep: there were 16 bits a channel."""
-    if image.mode.startswith("I"):  # one channel of 16 bits, or of 32
+def as_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
+    """See open_picture. Raises ValueError for values of which nobody knows what is white."""
+    if image.mode[0] in "IF":  # one channel of 16 or 32 bits
         values = np.asarray(image)
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 65535:
-            found = f"values from {low} to {high} in 32 bits"
-            raise UserError(f"holds {found}: save it with 8 bits, 0 to 255")
-        grey = Image.fromarray((values >> 8).astype(np.uint8))
-        return Picture(grey.convert("RGB"), False, high)
-    if image.mode == "F":
-        low, high = image.getextrema()
-        found = f"floating-point values from {low:g} to {high:g}"
-        raise UserError(f"holds {found}: save it with 8 bits, 0 to 255")
-    highest = 0
-    if deep:
-        colours = [image.getchannel(band) for band in image.getbands() if band != "A"]
-        highest = 256 * max(colour.getextrema()[1] for colour in colours)
+        low, high = values.min(), values.max()
+        if image.mode == "F" or low < 0 or high > 65535:
+            found = f"values from {low:g} to {high:g} in 32 bits"
+            raise ValueError(f"it holds {found}: save it with 8 bits, 0 to 255")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     transparent = False
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         transparent = image.getextrema()[3][0] < 255
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image)
-        image = white
-    return Picture(image.convert("RGB"), transparent, highest)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB"), transparent
 
 
 def stratified_subset(images: Images, size: int, seed: int) -> Images:
