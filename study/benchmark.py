@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"device   {machine.device_name(device)}, torch {torch.__version__}, {args.precision}")
     print(f"data     {args.dataset}: {sizes[0]:,} of {full[0]:,} train and", end=" ")
     print(f"{sizes[1]:,} of {full[1]:,} test images, {args.epochs} epochs")
-    print("         10, 50 epochs: projected to all, with start, fill, tests; without saving")
+    print("         10 and 50 epochs: projected to all images, without saving")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         root = Path(folder)
         write_pictures(root / "train", images)

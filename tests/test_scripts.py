@@ -310,39 +310,30 @@ def test_a_python_that_has_all_is_taken_wherever_it_is(scripts, tmp_path, name):
     assert done.stdout.replace(f"{tmp_path}/", "") == f"chosen: {name}\n" and not log
 
 
-class RealPython:
-    """`python` is this very interpreter, with an importable `torch` in front that takes notes, and
-    packages as they are given; there is no other. bash setup.sh gives `chosen`, or it installs."""
-
-    def __init__(self, scripts, folder: Path):
-        self.scripts, self.folder, self.imported = scripts, folder, folder / "imported"
-        (folder / "front").mkdir()
-        (folder / "front/torch.py").write_text(f"open({str(self.imported)!r}, 'w')")
-        self.install_at(folder / "bin/python")
-
-    def install_at(self, file: Path) -> None:
-        write_program(file, f"#!/bin/sh\n{NOTES_PIP}exec '{sys.executable}' -S \"$@\"\n")
-
-    def has(self, name: str, version: str) -> None:
-        """As pip would leave it."""
-        metadata = self.folder / f"front/{name}-{version}.dist-info/METADATA"
-        metadata.parent.mkdir(parents=True)
-        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-
-    def choose(self, *packages: str):
-        words = f". ./setup.sh {' '.join(packages)}; echo chosen: $python"
-        done, log = self.scripts("-c", words, PYTHONPATH=str(self.folder / "front"))
-        assert not self.imported.exists()
-        return done, log
-
-
 NOTES_PIP = 'case "$*" in "-m pip"*|"-m venv"*) echo "$@" >> "$LOG"; exit 1 ;; esac\n'
 
 
 @pytest.fixture
-def real_python(scripts, tmp_path):
-    fake_python(tmp_path / "bin/python3", has_all=False)
-    return RealPython(scripts, tmp_path)
+def choose(scripts, tmp_path):
+    """Sources setup.sh where this very interpreter is the one `python`, at `where`, and has a torch
+    and a torchvision of these versions, which it must not import."""
+
+    def choose(*packages: str, torch="2.6.0", torchvision="0.21.0", where="bin/python"):
+        (tmp_path / "bin/python").unlink()
+        fake_python(tmp_path / "bin/python3", has_all=False)
+        real = f"#!/bin/sh\n{NOTES_PIP}exec '{sys.executable}' -S \"$@\"\n"
+        write_program(tmp_path / where, real)
+        for name, version in {"torch": torch, "torchvision": torchvision}.items():
+            metadata = tmp_path / f"front/{name}-{version}.dist-info/METADATA"
+            metadata.parent.mkdir(parents=True)
+            metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (tmp_path / "front/torch.py").write_text(f"open('{tmp_path}/imported', 'w')")
+        words = f". ./setup.sh {' '.join(packages)}; echo chosen: $python"
+        done, log = scripts("-c", words, PYTHONPATH=str(tmp_path / "front"))
+        assert not (tmp_path / "imported").exists()
+        return done, log
+
+    return choose
 
 
 @pytest.mark.parametrize(
@@ -356,10 +347,8 @@ def real_python(scripts, tmp_path):
         ("3.0.0.dev20270101", "1.0", True),
     ],
 )
-def test_a_torch_that_is_too_old_is_not_taken_and_is_named(real_python, torch, torchvision, fit):
-    real_python.has("torch", torch)
-    real_python.has("torchvision", torchvision)
-    done, log = real_python.choose()
+def test_a_torch_that_is_too_old_is_not_taken_and_is_named(choose, torch, torchvision, fit):
+    done, log = choose(torch=torch, torchvision=torchvision)
     if fit:
         assert done.stdout == "chosen: python\n" and not log
         return
@@ -368,21 +357,15 @@ def test_a_torch_that_is_too_old_is_not_taken_and_is_named(real_python, torch, t
     assert log  # it would install its own
 
 
-def test_a_small_package_that_is_missing_is_named_and_nothing_big_is_installed(real_python):
-    real_python.has("torch", "2.6.0")
-    real_python.has("torchvision", "0.21.0")
-    done, log = real_python.choose("pytest", "matplotlib")
+def test_a_small_package_that_is_missing_is_named_and_nothing_big_is_installed(choose):
+    done, log = choose("pytest", "matplotlib")
     assert done.returncode == 1 and not log
     assert "python has torch and lacks pytest matplotlib." in done.stderr
     assert done.stderr.splitlines()[-1].strip() == "python -m pip install pytest matplotlib"
 
 
-def test_our_own_environment_is_completed(real_python, tmp_path):
-    real_python.has("torch", "2.6.0")
-    real_python.has("torchvision", "0.21.0")
-    (tmp_path / "bin/python").unlink()
-    real_python.install_at(tmp_path / ".venv/bin/python")
-    _, log = real_python.choose("pytest")
+def test_our_own_environment_is_completed(choose):
+    _, log = choose("pytest", where=".venv/bin/python")
     assert log == ["-m pip install --quiet pytest"]
 
 
