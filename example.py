@@ -24,19 +24,14 @@ import freeze
 
 
 def draw(count: int, seed: int) -> list[tuple[Image.Image, int]]:
-    """Bright discs, boxes and rings, as a data set of torchvision's gives its pictures."""
+    """Bright triangles, squares and discs, as a data set of torchvision's gives its pictures."""
     random, pairs = np.random.default_rng(seed), []
     for number in range(count):
         ground, colour = random.integers([[0], [150]], [[100], [256]], (2, 3)).tolist()
-        x, y, side = random.integers([2, 2, 12], [10, 10, 20]).tolist()
-        image, corners = Image.new("RGB", (32, 32), tuple(ground)), (x, y, x + side, y + side)
-        if number % 3 == 0:
-            ImageDraw.Draw(image).ellipse(corners, fill=tuple(colour))
-        elif number % 3 == 1:
-            ImageDraw.Draw(image).rectangle(corners, fill=tuple(colour))
-        else:
-            ImageDraw.Draw(image).ellipse(corners, outline=tuple(colour), width=3)
-        pairs.append((image, number % 3))
+        circle = random.integers([13, 13, 8], [19, 19, 13]).tolist()  # x, y and radius
+        image, label = Image.new("RGB", (32, 32), tuple(ground)), number % 3
+        ImageDraw.Draw(image).regular_polygon(circle, (3, 4, 24)[label], fill=tuple(colour))
+        pairs.append((image, label))
     return pairs
 
 

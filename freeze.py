@@ -30,7 +30,8 @@ MODELS = (
     *("mobilenet_v3_small", "mobilenet_v3_large", "convnext_tiny", "convnext_small"),
 )
 LEARNING_RATES = {"fc": 1e-3, "layer4": 1e-4, "layer3": 1e-5}  # the published ones
-# Where in `model.features` the stem and layer1 to layer4 begin, by the number of blocks in it.
+STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
+# Where in `model.features` the first five begin, by the number of blocks in it.
 FIRST_BLOCKS = {
     8: (0, 1, 2, 4, 6),  # ConvNeXt
     13: (0, 1, 2, 4, 9),  # MobileNetV3, small: where the picture is halved
@@ -47,17 +48,19 @@ def build(
 ) -> nn.Module:
     """A float32, channels_last network: one of MODELS with the pretrained weights in `state`, or
     with random ones, and a new last layer, [features -> num_classes]. state: torchvision's keys,
-    whose last layer is thrown away unless keep_head. Everything random comes from the seed."""
+    whose last layer is thrown away unless keep_head. seed: of everything random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = untrained(name)
         last = last_layer(model)
-        features = model.get_submodule(last).in_features
+        parent, _, own = last.rpartition(".")
+        head = model.get_submodule(parent)
+        features = getattr(head, own).in_features
         if state is not None:
             backbone = {key: state[key] for key in state if not key.startswith(f"{last}.")}
-            set_submodule(model, last, nn.Identity())
+            setattr(head, own, nn.Identity())
             model.load_state_dict(backbone)
-        set_submodule(model, last, nn.Linear(features, num_classes))
+        setattr(head, own, nn.Linear(features, num_classes))
         if keep_head:
             model.load_state_dict(dict(state))
     return model.to(memory_format=torch.channels_last)
@@ -76,24 +79,15 @@ def last_layer(model: nn.Module) -> str:
     return names[-1]
 
 
-def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
-
-
 def stages(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's stages by name, in the order they run: the first one begins at the pixels, the
-    last one is the head. The pooling between the last two learns nothing."""
+    """The model's stages by name, in the order they run, from the pixels to the head. The pooling
+    before the head learns nothing and belongs to none."""
     if hasattr(model, "layer4"):  # a ResNet
         stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
-        names = ("layer1", "layer2", "layer3", "layer4", "fc")
-        return {"stem": stem} | {name: getattr(model, name) for name in names}
+        return {"stem": stem} | {name: getattr(model, name) for name in STAGES[1:]}
     begins = FIRST_BLOCKS[len(model.features)]
-    ends = (*begins[1:], len(model.features))
-    parts = {}
-    for name, begin, end in zip(("stem", "layer1", "layer2", "layer3", "layer4"), begins, ends):
-        parts[name] = model.features[begin:end]
-    return parts | {"fc": model.classifier}
+    parts = [model.features[a:b] for a, b in zip(begins, (*begins[1:], None))]
+    return dict(zip(STAGES, [*parts, model.classifier]))
 
 
 def stage_names(name: str) -> list[str]:
@@ -118,9 +112,8 @@ def freeze(model: nn.Module, unfrozen: Collection[str]) -> None:
 
 def train_mode(model: nn.Module) -> None:
     """What model.train() should be when something is frozen, for any network: a module that has
-    parameters of which none learns is put into eval mode, with all that is inside it, so its
-    BatchNorm uses, and keeps, the pretrained statistics. One without parameters of its own,
-    such as Dropout, follows the module it is in."""
+    parameters of which none learns is put into eval mode, with all that is inside it, so that
+    BatchNorm keeps to the pretrained statistics. Dropout follows the module that it is in."""
     model.train()
     for module in model.modules():
         learns = [parameter.requires_grad for parameter in module.parameters()]
@@ -141,24 +134,21 @@ def param_groups(model: nn.Module, rates: Mapping[str, float]) -> list[dict]:
 
 def split(model: nn.Module, first: str) -> tuple[nn.Module, nn.Module]:
     """Cut the model before the stage `first`, the earliest one that learns: model(x) equals
-    tail(prefix(x)) in eval mode.
-
-    The tail shares its modules with the model: training it trains the model. The prefix is a
-    frozen copy in eval mode, where a BatchNorm is one multiplication and one addition per channel:
-    for speed the convolution before it absorbs them. Exact up to rounding.
-    """
+    tail(prefix(x)) in eval mode, but for rounding. The tail shares its modules with the model:
+    training it trains the model. The prefix is a frozen copy in eval mode, where a BatchNorm is one
+    multiplication and addition per channel, which for speed the convolution before it absorbs."""
     names, (*backbone, head) = list(stages(model)), stages(model).values()
     cut = names.index(first)
     prefix = nn.Sequential(*backbone[:cut])
-    pooling = Average()
-    if type(model).__name__ == "ConvNeXt":  # its head normalizes and flattens
-        pooling = model.avgpool
-    tail = nn.Sequential(*backbone[cut:], pooling, head)
     if first == names[-1]:  # a number a channel is to be kept; averaged again it stays
         prefix.append(nn.AdaptiveAvgPool2d(1))
     prefix = copy.deepcopy(prefix).eval().requires_grad_(False)
     for parent in list(prefix.modules()):
         absorb_batchnorm(parent)
+    pooling = Average()
+    if type(model).__name__ == "ConvNeXt":  # its head normalizes and flattens
+        pooling = model.avgpool
+    tail = nn.Sequential(*backbone[cut:], pooling, head)
     return prefix, tail
 
 

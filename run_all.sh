@@ -18,23 +18,24 @@ refuse() {
     exit 2
 }
 
-out= demo= list= tag=() preset=() extra=() with_fc=${WITH_FC:-0}
+out= demo= list= tag=() preset=() extra=() stages=(layer4 "layer3 layer4") with_fc=${WITH_FC:-0}
 while [ $# -gt 0 ]; do
     case "$1" in
         --demo) demo=yes with_fc=1 ;;
         --list) list=yes ;;
-        --out) out=${2:-}; [ -n "$out" ] || refuse "--out needs a folder"; shift ;;
+        --out) out=${2:-}; [ "$out" ] || refuse "--out needs a folder"; shift ;;
+        --tag) tag=(--tag "${2:-}"); [ "${2:-}" ] || refuse "--tag needs a name"; shift ;;
         --out=*) out=${1#--out=} ;;
-        --tag) tag=(--tag "${2:-}"); [ -n "${2:-}" ] || refuse "--tag needs a name"; shift ;;
         --tag=*) tag=(--tag "${1#--tag=}") ;;
         --unfreeze* | --epochs* | --seed*)
             refuse "the runs set ${1%%=*}; for one run use train.py, for seeds SEEDS=\"0 1 2\"" ;;
-        -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0"; exit ;;
+        -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
         *) extra+=("$1") ;;
     esac
     shift
 done
 out=${out:-results${demo:+/demo}}
+[ "$with_fc" = 0 ] || stages=("" "${stages[@]}")
 [ -z "$demo" ] || [ -z "$list" ] || refuse "--demo needs its pretraining first: no --list of it"
 
 # Slurm runs a copy of this script, out of a folder of its own.
@@ -44,7 +45,8 @@ here=$(dirname "$0")
 from its own folder, or with sbatch --wrap 'bash FOLDER/run_all.sh'; --list is for job arrays"
 . "$here/setup.sh" numpy matplotlib
 
-# Started beside this script: who ends the script ends what it runs, and waits for its last words.
+# Everything runs in the background, so that a signal to this script is handled at once: what runs
+# gets a SIGTERM, and its last words are waited for.
 started() {
     "$@" &
     wait $!
@@ -68,17 +70,13 @@ if [ "$demo" ]; then
     if [ ! -e "$out/pretrained.pt" ]; then
         started "$python" "$here/train.py" ${extra[@]+"${extra[@]}"} \
             --dataset synthetic-other --weights none --image-size 32 --train-size 2000 \
-            --batch-size 50 --unfreeze stem layer1 layer2 layer3 layer4 --epochs 5 \
-            --lr stem=1e-3 layer1=1e-3 layer2=1e-3 layer3=1e-3 layer4=1e-3 \
-            --out "$out/pretraining" --resume
+            --batch-size 50 --unfreeze stem layer{1,2,3,4} --lr {stem,layer{1,2,3,4}}=1e-3 \
+            --epochs 5 --out "$out/pretraining" --resume
         cp "$(ls -t "$out"/pretraining/*/epoch5.pt | head -1)" "$out/pretrained.pt"
-        echo
     fi
 fi
 
 # The runs, a command each, quoted as bash would have them.
-stages=(layer4 "layer3 layer4")
-[ "$with_fc" = 0 ] || stages=("" "${stages[@]}")
 commands=()
 for seed in ${SEEDS:-0}; do
     for names in "${stages[@]}"; do
@@ -88,40 +86,36 @@ for seed in ${SEEDS:-0}; do
             ${tag[@]+"${tag[@]}"} ${preset[@]+"${preset[@]}"} ${extra[@]+"${extra[@]}"})")
     done
 done
-
-# Everything into a file; of the epochs a line each, with the run's folder before it. Hears a run
-# out that is stopped.
-log() (
-    trap "" INT TERM
-    tee "$1" | awk -v out="$out/" 'index($0, out) == 1 && !run { run = $0 }
-        $1 ~ "^[0-9]+/[0-9]+$" { print run, $0; fflush() }'
-)
-
-# For each GPU a worker, which takes the next run that none has taken.
-worker() {
-    set +m # what it runs is of its group
-    stopped=
-    trap "stopped=yes" TERM
-    for i in "${!commands[@]}"; do
-        [ -z "$stopped" ] || break
-        mkdir "$claims/$i" 2>/dev/null || continue
-        echo "GPU $1: ${commands[i]}"
-        export RUNS_ON_GPU=$(echo "$GPUS" | tr ' ' '\n' | grep -cx -- "$1") # which share it
-        CUDA_VISIBLE_DEVICES=$1 bash -c "exec ${commands[i]}" 2>&1 | log "$out/run$i.log" ||
-            printf 'failed: see %s\n    %s\n' "$out/run$i.log: ${commands[i]}" \
-                "$(tail -n 1 "$out/run$i.log")" >>"$claims/failed"
-    done
-}
-
 if [ "$list" ]; then
     printf '%s\n' "${commands[@]}"
     exit
 fi
+
+# For each of GPUS a worker, which takes the next run that none has taken.
+worker() {
+    set +m               # what it starts belongs to its group of processes
+    trap "exit 143" TERM # bash does this when the run has ended
+    for i in "${!commands[@]}"; do
+        mkdir "$claims/$i" 2>/dev/null || continue
+        echo "run $i, on GPU $1: ${commands[i]}"
+        export RUNS_ON_GPU=$(tr ' ' '\n' <<<"$GPUS" | grep -cx -- "$1") # which share it
+        CUDA_VISIBLE_DEVICES=$1 bash -c "exec ${commands[i]}" 2>&1 | log "$i" ||
+            printf 'failed: see %s\n    %s\n' "$out/run$i.log: ${commands[i]}" \
+                "$(tail -n 1 "$out/run$i.log")" >>"$claims/failed"
+    done
+}
+# Every line goes to a file and, with the run's number, to the terminal, a stopped run's last too.
+log() (
+    trap "" INT TERM
+    tee "$out/run$1.log" | awk -v run="run $1:" '{ print run, $0; fflush() }'
+)
+
 # One GPU that has room for two runs trains two at a time: the features of both take 33 GB.
 if [ ! "${GPUS+set}" ] && [ ! "$demo" ] && [[ " ${extra[*]-} " != *" --device"* ]]; then
     gpu=${CUDA_VISIBLE_DEVICES-0} gpu=${gpu%%,*} # none, if it is set to nothing
-    ask=(nvidia-smi -i "$gpu" --query-gpu=memory.free --format=csv,noheader,nounits)
-    free=$([ "$gpu" ] && "${ask[@]}" 2>/dev/null) || free=0
+    ask="--query-gpu=memory.free --format=csv,noheader,nounits"
+    # shellcheck disable=SC2086
+    free=$(nvidia-smi -i "$gpu" $ask 2>/dev/null) || free=0
     if [ "$free" -ge 40000 ]; then # MB
         GPUS="$gpu $gpu"
         echo "two runs at a time, for which GPU $gpu has room (one at a time: GPUS=$gpu)"
@@ -130,7 +124,8 @@ fi
 if [ "${GPUS:-}" ]; then
     mkdir -p "$out"
     claims=$(mktemp -d)
-    export LOCAL_WORLD_SIZE=$(echo "$GPUS" | wc -w) # which share the host's memory
+    trap 'rm -r "$claims"' EXIT
+    export LOCAL_WORLD_SIZE=$(wc -w <<<"$GPUS") # which share the host's memory
     set -m # a group of processes for each worker, so that they can be stopped together
     for gpu in $GPUS; do
         worker "$gpu" &
@@ -141,7 +136,6 @@ if [ "${GPUS:-}" ]; then
         cat "$claims/failed" >&2
         exit 1
     fi
-    rm -r "$claims"
 else
     for command in "${commands[@]}"; do
         eval "started $command"
@@ -149,8 +143,6 @@ else
     done
 fi
 started "$python" "$here/compare.py" "$out"/*/epoch*.pt --csv "$out/summary.csv"
-echo
 started "$python" "$here/plot.py" "$out"
 echo "table: $out/summary.csv, learning curves: $out/*/history.csv and $out/curves.png"
-[ ! "$demo" ] ||
-    echo "Drawn pictures show how it works, and prove nothing about photographs."
+[ ! "$demo" ] || echo "Drawn pictures show how it works, and prove nothing about photographs."

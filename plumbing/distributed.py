@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 train.py --unfreeze layer4
 
 Rank r of N holds the images i with i % N == r, and their features: the cache grows with the ranks.
-Gradients are averaged by DistributedDataParallel, an image counting the same in each batch. Where
-there is one process, every function here gives back what it was given.
+An image counts the same in every batch. Where there is one process, every function here gives back
+what it was given.
 """
 
 import os
@@ -39,32 +39,34 @@ def init(name: str) -> torch.device:
     if name != "cpu" and gpus:
         if local >= gpus:
             raise UserError(f"--nproc-per-node asks for more processes than there are GPUs, {gpus}")
-        torch.cuda.set_device(local)
-    device = pick_device(name)
+        torch.cuda.set_device(local)  # on which pick_device tries to compute
+    device, backend = pick_device(name), "gloo"
     if device.type == "cuda":
-        device = torch.device("cuda", local)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        device, backend = torch.device("cuda", local), "nccl"
+    dist.init_process_group(backend)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     return device
 
 
 def destroy() -> None:
-    """At the end of a run that went well: after an error NCCL would wait here for the others. All
-    leave together: one that is left behind by the others is sometimes aborted as it ends."""
+    """At the end of a run that went well: after an error NCCL would wait here for the others. The
+    barrier is there because a rank that the others leave early is sometimes aborted."""
     if world_size() > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------- what a rank has
-
-
 def local_rows(values: torch.Tensor) -> torch.Tensor:
-    """Of something that all images have, [images, ...], what this rank's images have."""
+    """Of something that all images have, [images, ...], the rows of this rank's images."""
     if world_size() == 1:
         return values
     return values[rank() :: world_size()].clone()
+
+
+def shard(images: Images) -> Images:
+    """All labels, and this rank's pixels."""
+    return images._replace(pixels=local_rows(images.pixels))
 
 
 def local_epoch(
@@ -79,7 +81,7 @@ def local_epoch(
 
 
 def batch_sizes(images: int, batch_size: int) -> list[int]:
-    """Every rank has as many batches: one image more than the others have is in the last one."""
+    """Every rank has as many batches. A rank with one image more has it in its last batch."""
     own = len(range(rank(), images, world_size()))
     last = smallest_batch(images, batch_size) + own - images // world_size()
     return [batch_size] * ((own - last) // batch_size) + [last]
@@ -88,10 +90,7 @@ def batch_sizes(images: int, batch_size: int) -> list[int]:
 def smallest_batch(images: int, batch_size: int) -> int:
     """How many images the smallest batch of any rank has."""
     fewest = images // world_size()  # of a rank
-    return fewest - batch_size * (-(-fewest // batch_size) - 1)
-
-
-# ---------------------------------------------------------------- what ranks tell each other
+    return (fewest - 1) % batch_size + 1
 
 
 def broadcast(value: object) -> object:
@@ -108,16 +107,14 @@ def all_reduce_mean(values: dict[str, float], images: int) -> dict[str, float]:
     if world_size() == 1:
         return values
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    sums = [value * images for value in values.values()]
-    box = torch.tensor([*sums, images], dtype=torch.float64, device=device)
-    dist.all_reduce(box)
-    *sums, total = box.tolist()
-    return {name: one / total for name, one in zip(values, sums)}
+    sums = torch.tensor([*values.values(), 1], dtype=torch.float64, device=device) * images
+    dist.all_reduce(sums)
+    *means, _ = (sums / sums[-1]).tolist()
+    return dict(zip(values, means))
 
 
 def all_gather(rows: torch.Tensor, total: int) -> torch.Tensor:
-    """This rank's rows, [its images, ...], with those of the others in the order of all `total`
-    images."""
+    """The rows, [images, ...], of all ranks in the order of all `total` images."""
     if world_size() == 1:
         return rows
     padded = rows.new_zeros((-(-total // world_size()), *rows.shape[1:]))
@@ -128,8 +125,7 @@ def all_gather(rows: torch.Tensor, total: int) -> torch.Tensor:
 
 
 def average_batchnorm(model: nn.Module) -> None:
-    """Before a test: every BatchNorm in train mode takes the mean of the ranks' running
-    statistics."""
+    """Before a test: every BatchNorm in train mode takes the ranks' mean running statistics."""
     if world_size() == 1:
         return
     for module in model.modules():
@@ -140,32 +136,20 @@ def average_batchnorm(model: nn.Module) -> None:
 
 
 def ddp(tail: nn.Module) -> nn.Module:
-    """A tail that learns from all ranks' batches as from one."""
-    return tail if world_size() == 1 else DistributedTail(tail)
+    """A tail that learns from all ranks' batches as from one; BatchNorm sees its own rank's."""
+    if world_size() == 1:
+        return tail
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.14
+    tail = DistributedDataParallel(tail, broadcast_buffers=False)
+    tail.register_forward_hook(weigh_gradient)
+    return tail
 
 
-class DistributedTail(nn.Module):
-    """A tail whose gradients are those of all ranks' batches as one, through
-    DistributedDataParallel, which takes the mean of the ranks' gradients: a rank's counts by the
-    images of its batch. BatchNorm sees its own rank's batch."""
-
-    def __init__(self, tail: nn.Module):
-        super().__init__()
-        self.tail = tail
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.14
-        self.synchronized = DistributedDataParallel(tail, broadcast_buffers=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return self.tail(x)
-        logits = self.synchronized(x)
-        images = torch.tensor(len(x), dtype=torch.float64, device=x.device)
+def weigh_gradient(tail: nn.Module, inputs: tuple[torch.Tensor], logits: torch.Tensor) -> None:
+    """DistributedDataParallel takes the mean of the ranks' gradients, so this makes a rank's count
+    by the images of its batch."""
+    if logits.requires_grad:
+        images = torch.tensor(len(logits), dtype=torch.float64, device=logits.device)
         dist.all_reduce(images)
-        weight = len(x) * world_size() / images
+        weight = len(logits) * world_size() / images
         logits.register_hook(lambda gradient: gradient * weight.to(gradient.dtype))
-        return logits
-
-
-def shard(images: Images) -> Images:
-    """All labels, and this rank's pixels."""
-    return images._replace(pixels=local_rows(images.pixels))

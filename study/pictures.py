@@ -17,25 +17,23 @@ from plumbing.cli import Parser, command
 
 
 def sweep(runs: list[dict], column: str, name: str) -> "pyplot.Figure | None":
-    """Accuracy by a number that was varied, all else equal: in the runs of that length and those
-    other settings of which there are most kinds."""
-    rest = [size for size in plot.SIZES if size != column]
-    groups = plot.by(runs, "epochs", *rest).values()
-    runs = max(
-        groups, key=lambda group: (len(plot.by(group, "label", column)), -group[0]["epochs"])
-    )
+    """Accuracy by a number that was varied: of the groups of runs that have one length and all else
+    equal, the one in which most runs differ."""
+    groups = plot.by(runs, "epochs", *(size for size in plot.SIZES if size != column)).values()
+    groups = sorted(groups, key=lambda group: group[0]["epochs"])  # of equal ones the shorter runs
+    runs = max(groups, key=lambda group: len(plot.by(group, "label", column)))
     ticks = sorted({run[column] for run in runs})
     if len(ticks) == 1:
         return None
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for (label, epochs), group in plot.by(runs, "label", "epochs").items():
-        seeds = [[run["test_accuracy"] for run in some] for some in plot.by(group, column).values()]
-        mean = np.array([np.mean(values) for values in seeds])
-        low = mean - [min(values) for values in seeds]
-        high = [max(values) for values in seeds] - mean
-        places = sorted({run[column] for run in group})
-        text = f"{label}, {epochs} epochs"
-        axis.errorbar(places, mean, yerr=(low, high), capsize=3, label=text, **group[0]["style"])
+        points = []
+        for (place,), some in plot.by(group, column).items():
+            seeds = [run["test_accuracy"] for run in some]
+            points.append((place, np.mean(seeds), min(seeds), max(seeds)))
+        x, mean, low, high = np.array(sorted(points)).T
+        style = group[0]["style"] | {"label": f"{label}, {epochs} epochs", "capsize": 3}
+        axis.errorbar(x, mean, yerr=(mean - low, high - mean), **style)
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.minorticks_off()
@@ -49,24 +47,21 @@ def drift(runs: list[dict]) -> "pyplot.Figure | None":
     """How far the weights have moved from the pretrained ones, by epoch: a line per stage and
     rate, of the longest run on most and largest images."""
     lines = {}
-    for run in sorted(
-        runs, key=lambda run: (*map(run.get, plot.SIZES), run["epochs"], -run["seed"])
-    ):
+    order = (*plot.SIZES, "epochs")
+    for run in sorted(runs, key=lambda run: (*map(run.get, order), -run["seed"])):
         rates = dict(part.split("=") for part in run["learning_rates"].split())
-        for column in run["history"]:
-            stage = column.removesuffix("_drift")
-            if stage != column:
-                lines[stage, float(rates[stage]), run["label"].split(" (")[0]] = run, column
+        for stage in rates:
+            if f"{stage}_drift" in run["history"]:
+                lines[stage, float(rates[stage]), run["label"].split(" (")[0]] = run
     if not lines:
         return None
     figure, axis = pyplot.subplots(figsize=(9, 5 + 0.2 * len(lines)), layout="constrained")
-    for number, (name, (run, column)) in enumerate(sorted(lines.items(), key=lambda kv: kv[0])):
-        stage, rate, label = name
+    for number, ((stage, rate, label), run) in enumerate(sorted(lines.items())):
         style = {"color": f"C{number}", "marker": "os^vD*XP"[number % 8], "markersize": 5}
         style |= {"linestyle": ("-", "--", ":", "-.")[number % 4]}
         style |= {"markevery": run["epochs"] // 10 or 1}
         text = f"{stage} at {rate:g}, {label}, {run['train_images']:,} images"
-        axis.plot(run["history"]["epoch"], run["history"][column], label=text, **style)
+        axis.plot(run["history"]["epoch"], run["history"][f"{stage}_drift"], label=text, **style)
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(lambda distance, _: f"{100 * distance:g}%")

@@ -32,28 +32,24 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def drift(now: nn.Module, before: nn.Module) -> float:
-    """The norm of the difference of all parameters of a stage, BatchNorm's scale and shift among
-    them, over the norm of the start: from 0 up; 1 is as far as from all zeros."""
-    ends = [parameter.detach().flatten().cpu() for parameter in now.parameters()]
-    starts = [parameter.detach().flatten().cpu() for parameter in before.parameters()]
-    start = torch.cat(starts)
-    return ((torch.cat(ends) - start).norm() / start.norm()).item()
+    """The norm of the difference of all parameters of a stage, over their norm before training."""
+    start = torch.cat([parameter.detach().cpu().flatten() for parameter in before.parameters()])
+    end = torch.cat([parameter.detach().cpu().flatten() for parameter in now.parameters()])
+    return ((end - start).norm() / start.norm()).item()
 
 
 @torch.inference_mode()
-def stage_features(
-    model: nn.Module, pixels: torch.Tensor, trained: Trained
-) -> dict[str, torch.Tensor]:
-    """Each backbone stage's output in eval mode, in the precision of `trained`, averaged over the
-    picture: float64 [N, channels] by stage."""
+def stage_features(model: nn.Module, pixels: torch.Tensor, trained: Trained) -> dict:
+    """By stage before the head, its output in eval mode, averaged over the picture: float64
+    [N, channels]. trained: whose device, precision and image size to take."""
     *backbone, _ = freeze.stages(model.to(trained.device).eval()).items()
-    parts = {name: [] for name, _ in backbone}
+    features = {name: [] for name, _ in backbone}
     for x in prepared(pixels, trained.image_size, trained.device):
         for name, stage in backbone:
             with machine.autocast(trained.device, trained.precision):
                 x = stage(x)
-            parts[name].append(x.float().mean((2, 3)).cpu().double())
-    return {name: torch.cat(kept) for name, kept in parts.items()}
+            features[name].append(x.float().mean((2, 3)).cpu().double())
+    return {name: torch.cat(batches) for name, batches in features.items()}
 
 
 def report(path: Path, checkpoint: dict, args: Namespace) -> None:
@@ -69,9 +65,10 @@ def report(path: Path, checkpoint: dict, args: Namespace) -> None:
     before = stage_features(pretrained, pixels, trained)
     rows = []
     for stage in settings["strategy"].split("+")[1:]:
+        cka = linear_cka(now[stage], before[stage])
         moved = drift(freeze.stages(trained.model)[stage], freeze.stages(pretrained)[stage])
-        rows.append((stage, linear_cka(now[stage], before[stage]), moved))
-        print(f"{stage:<8} CKA {rows[-1][1]:.4f}, weights moved by {rows[-1][2]:.2%} of their norm")
+        rows.append((stage, cka, moved))
+        print(f"{stage:<8} CKA {cka:.4f}, weights moved by {moved:.2%} of their norm")
     write_csv(path.with_suffix(".representations.csv"), ["stage", "cka", "drift"], rows)
 
 

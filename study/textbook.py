@@ -19,11 +19,9 @@ class Pictures(datasets.ImageFolder):
     """Index i is picture i, and index i + len is its mirror image."""
 
     def __init__(self, root: Path, image_size: int):
-        steps = [
-            transforms.Resize((image_size, image_size)),
-            transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
+        resize = transforms.Resize((image_size, image_size))
+        normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        steps = [resize, transforms.ToTensor(), normalize]
         super().__init__(str(root), transforms.Compose(steps))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
@@ -41,18 +39,18 @@ def train(
     amp: torch.dtype | None = None,
     tuned: bool = False,
     mistake: bool = False,
-    workers: int | None = None,
+    workers: int = os.cpu_count(),
 ) -> list[dict]:
     """Fine-tune on root/train, test on root/test: a row of losses, accuracies and seconds per
     epoch. model: a torchvision ResNet on its device; rates: by layer, those that learn; epochs:
     (order, flips) of each, int64 and bool [N]; amp: autocast's dtype, or None."""
-    device = next(model.parameters()).device
-    train_set, test_set = (Pictures(root / split, image_size) for split in ("train", "test"))
-    options = {"num_workers": os.cpu_count() if workers is None else workers}
+    device, options = next(model.parameters()).device, {"num_workers": workers}
+    model.to(memory_format=torch.contiguous_format)
     if tuned:
-        options |= {"pin_memory": device.type == "cuda", "persistent_workers": workers != 0}
+        options |= {"pin_memory": device.type == "cuda", "persistent_workers": workers > 0}
         model.to(memory_format=torch.channels_last)
     order = []  # filled anew in every epoch
+    train_set, test_set = (Pictures(root / split, image_size) for split in ("train", "test"))
     train_loader = DataLoader(train_set, batch_size, sampler=order, **options)
     test_loader = DataLoader(test_set, batch_size, **options)
     optimizer = torch.optim.Adam(what_learns(model, rates), fused=tuned)
@@ -65,9 +63,10 @@ def train(
         model.train(mistake)  # the usual script: model.train(), and nothing more
         for name in rates:
             getattr(model, name).train()
-        row = train_epoch(model, train_loader, optimizer, scaler, autocast, tuned)
+        row = one_pass("train", model, train_loader, autocast, tuned, optimizer, scaler)
         row["train_seconds"] = time.monotonic() - start
-        row |= test(model, test_loader, autocast)
+        with torch.no_grad():
+            row |= one_pass("test", model.eval(), test_loader, autocast, tuned)
         results.append(row | {"seconds": time.monotonic() - start})
     return results
 
@@ -75,41 +74,25 @@ def train(
 def what_learns(model: torch.nn.Module, rates: dict[str, float]) -> list[dict]:
     """The optimizer's groups: the layers that have a rate. The others are frozen."""
     model.requires_grad_(False)
-    for name in rates:
-        getattr(model, name).requires_grad_(True)
-    return [{"params": getattr(model, name).parameters(), "lr": rates[name]} for name in rates]
+    layers = {name: getattr(model, name).requires_grad_(True) for name in rates}
+    return [{"params": layers[name].parameters(), "lr": rates[name]} for name in rates]
 
 
-def train_epoch(model, loader, optimizer, scaler, autocast, tuned: bool) -> dict:
-    """One pass over a DataLoader: mean loss and accuracy."""
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+def one_pass(split, model, loader, autocast, tuned, optimizer=None, scaler=None) -> dict:
+    """Mean loss and accuracy over a DataLoader, from which the model learns with an optimizer."""
     total = right = 0
+    device = next(model.parameters()).device
     for x, y in loader:
-        x, y = x.to(device, dtype, non_blocking=tuned), y.to(device, non_blocking=tuned)
-        optimizer.zero_grad()
+        x, y = x.to(device, non_blocking=tuned), y.to(device, non_blocking=tuned)
         with autocast:
             logits = model(x)
             loss = F.cross_entropy(logits, y)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        total += (loss.detach() if tuned else loss.item()) * len(y)
+        if optimizer:
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        total += (loss.detach() if tuned else loss.item()) * len(y)  # .item() waits for the GPU
         right += (logits.argmax(1) == y).sum()
     count = len(loader.dataset)
-    return {"train_loss": float(total) / count, "train_accuracy": int(right) / count}
-
-
-@torch.no_grad()
-def test(model: torch.nn.Module, loader: DataLoader, autocast: torch.autocast) -> dict:
-    """Mean loss and accuracy over a DataLoader, the model in eval mode."""
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    model.eval()
-    total = right = 0
-    for x, y in loader:
-        x, y = x.to(device, dtype, non_blocking=True), y.to(device, non_blocking=True)
-        with autocast:
-            logits = model(x)
-        total += F.cross_entropy(logits.float(), y, reduction="sum")
-        right += (logits.argmax(1) == y).sum()
-    count = len(loader.dataset)
-    return {"test_loss": float(total) / count, "test_accuracy": int(right) / count}
+    return {f"{split}_loss": float(total) / count, f"{split}_accuracy": int(right) / count}

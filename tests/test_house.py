@@ -7,98 +7,92 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-ROOMS = ("freeze", "data", "features")
-COMMANDS = ("train", "evaluate", "compare")
-TOP = (*ROOMS, *COMMANDS, "example", "plot")
-OTHERS_FOR_ROOMS = {"torch", "torchvision", "numpy", "PIL"}
+ROOMS = {"freeze", "data", "features"}
+COMMANDS = {"train", "evaluate", "compare"}
+PLUMBING = {f"plumbing.{file.stem}" for file in (ROOT / "plumbing").glob("[!_]*.py")} | {"plumbing"}
+MODULES = {*ROOMS, *COMMANDS, *PLUMBING, "example", "plot"}
+OURS = {*MODULES, "study", *(f"study.{file.stem}" for file in (ROOT / "study").glob("*.py"))}
 NOT_ON_WINDOWS = {"fcntl", "resource", "pwd", "grp", "termios", "pty", "tty", "syslog"}
-PLUMBING = {f"plumbing.{file.stem}" for file in (ROOT / "plumbing").glob("*.py")}
-STUDY = {f"study.{file.stem}" for file in (ROOT / "study").glob("*.py")}
-OURS = {*TOP, "plumbing", "study", *PLUMBING, *STUDY}
 PYTHON = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("study/*.py")])
 SHELL = sorted([*ROOT.glob("*.sh"), *ROOT.glob("tests/*.sh")])
-TESTS = sorted((ROOT / "tests").glob("*.py"))
-SETTINGS = sorted([*ROOT.glob("*.toml"), *ROOT.glob("*.ini"), *ROOT.glob("*.txt")])
 
 
-def short(file: Path) -> str:
-    return str(file.relative_to(ROOT))
+def parsed(module: str) -> ast.Module:
+    file = ROOT / f"{module.replace('.', '/')}.py"
+    if module == "plumbing":
+        file = ROOT / "plumbing/__init__.py"
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
-def file_of(module: str) -> Path:
-    return ROOT / f"{module.replace('.', '/')}.py"
-
-
-def imports(module: str, whole: bool = True) -> set[str]:
-    """What a file imports: `from plumbing import cache` is plumbing.cache, and `from data import
-    transform` is data:transform. whole: in its functions too."""
-    tree = ast.parse(file_of(module).read_text(encoding="utf-8"))
-    nodes = tree.body
-    if whole:
-        for node in ast.walk(tree):  # what is imported for its type alone does not count
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-                node.body = []
-        nodes = list(ast.walk(tree))
+def imports(nodes: list[ast.AST]) -> set[str]:
+    """Dotted names: `from data import transform` is data.transform."""
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} imports by dots"
-            found |= {imported(node.module, alias.name) for alias in node.names}
+            assert node.level == 0, "an import by dots"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def imported(module: str, name: str) -> str:
-    if f"{module}.{name}" in OURS:
-        return f"{module}.{name}"
-    return f"{module}:{name}"
+def everywhere(module: str) -> list[ast.AST]:
+    """The file's nodes, in its functions too, without those that are there for types alone."""
+    tree = parsed(module)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    return list(ast.walk(tree))
 
 
 def ours(module: str) -> set[str]:
     """The modules of ours that it imports."""
-    modules = {name.split(":")[0] for name in imports(module)}
-    return modules & OURS
+    found = set()
+    for name in imports(everywhere(module)):
+        parent = name.rpartition(".")[0]
+        found |= {name, parent} & OURS
+    return found - {"plumbing"}
 
 
-def others(module: str) -> set[str]:
-    """The packages of others that it imports."""
-    packages = {name.split(":")[0].split(".")[0] for name in imports(module)}
-    return packages - OURS - set(sys.stdlib_module_names)
+def others(nodes: list[ast.AST]) -> set[str]:
+    return {name.split(".")[0] for name in imports(nodes)} - {"plumbing", *OURS}
 
 
 # ---------------------------------------------------------------- who may import whom
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_nothing_of_ours(room):
-    mine = {name for name in imports(room) if name.split(":")[0] in OURS}
-    allowed = set()
-    if room == "features":
-        allowed = {"data:UserError", "data:transform"}
-    assert mine == allowed and others(room) <= OTHERS_FOR_ROOMS
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_file_imports_what_it_may(module):
+    may = {*ROOMS, *PLUMBING}
+    packages = {"torch", "torchvision", "numpy", "PIL"}
+    if module in ROOMS:
+        may = set()
+    if module == "features":
+        mine = {name for name in imports(everywhere(module)) if name.startswith("data")}
+        may, _ = {"data"}, mine.remove("data.transform")
+        assert mine <= {"data.UserError"}
+    if module == "example":
+        may = ROOMS
+    if module in PLUMBING:
+        packages.add("filelock")
+    if module == "plot":
+        may, packages = {"plumbing.cli"}, {"matplotlib", "numpy"}
+    assert ours(module) <= may
+    assert others(everywhere(module)) - sys.stdlib_module_names <= packages
 
 
-def test_the_example_needs_the_rooms_alone():
-    assert ours("example") == set(ROOMS)
-    assert others("example") <= OTHERS_FOR_ROOMS
+@pytest.mark.parametrize("module", sorted(ROOMS | PLUMBING))
+def test_rooms_and_plumbing_import_on_every_system(module):
+    nodes = parsed(module).body
+    if module in ROOMS:
+        nodes = everywhere(module)
+    assert not others(nodes) & NOT_ON_WINDOWS
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_prints_nothing_and_imports_on_every_system(room):
-    modules = {name.split(":")[0].split(".")[0] for name in imports(room)}
-    assert not modules & NOT_ON_WINDOWS
-    tree = ast.parse(file_of(room).read_text(encoding="utf-8"))
-    called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_prints_nothing(room):
+    called = [node.func for node in everywhere(room) if isinstance(node, ast.Call)]
     assert "print" not in {getattr(function, "id", None) for function in called}
-
-
-@pytest.mark.parametrize("module", sorted(PLUMBING))
-def test_plumbing_imports_rooms_and_plumbing(module):
-    assert ours(module) <= {*ROOMS, *PLUMBING}
-    assert others(module) <= {*OTHERS_FOR_ROOMS, "filelock"}
-    at_the_top = {name.split(":")[0] for name in imports(module, whole=False)}
-    assert not at_the_top & NOT_ON_WINDOWS
 
 
 def test_plumbing_imports_downwards():
@@ -110,30 +104,16 @@ def test_plumbing_imports_downwards():
         left = {module: below for module, below in left.items() if module not in lowest}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_imports_rooms_and_plumbing(command):
-    assert ours(command) <= {*ROOMS, *PLUMBING, "plumbing"}
-    assert others(command) <= OTHERS_FOR_ROOMS
+def test_compare_does_not_wait_for_torchvision():
+    """Importing it takes seconds."""
+    reached, more = set(), {"compare"}
+    while more:
+        reached |= more
+        more = set().union(*map(ours, more)) - reached
+    assert not [name for name in reached if "torchvision" in others(parsed(name).body)]
 
 
-def test_plot_imports_the_way_of_ending_a_command_and_nothing_else_of_ours():
-    assert ours("plot") <= {"plumbing.cli"}
-    assert "matplotlib" in others("plot")
-
-
-def test_only_plot_and_study_use_matplotlib():
-    for file in PYTHON:
-        if file.name != "plot.py" and file.parent.name != "study":
-            module = str(file.relative_to(ROOT).with_suffix("")).replace("/", ".")
-            assert "matplotlib" not in others(module)
-
-
-# ---------------------------------------------------------------- length and layout
-
-
-def functions(file: Path) -> list[ast.FunctionDef]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+# ---------------------------------------------------------------- length
 
 
 def is_a_list_of_flags(function: ast.FunctionDef) -> bool:
@@ -144,27 +124,22 @@ def is_a_list_of_flags(function: ast.FunctionDef) -> bool:
     return len(flags) > len(function.body) / 2
 
 
-@pytest.mark.parametrize("file", PYTHON, ids=short)
-def test_no_function_is_longer_than_a_screen(file):
-    for function in functions(file):
-        lines = function.end_lineno - function.lineno + 1
-        assert lines <= 40 or is_a_list_of_flags(function), f"{function.name}: {lines} lines"
-
-
-@pytest.mark.parametrize("file", [*PYTHON, *SHELL, *TESTS], ids=short)
-def test_lines_are_at_most_100_columns(file):
-    lines = file.read_text(encoding="utf-8").splitlines()
-    long = [number for number, line in enumerate(lines, start=1) if len(line) > 100]
-    assert not long
-
-
-@pytest.mark.parametrize("file", [*PYTHON, *SHELL, *TESTS, *SETTINGS], ids=short)
-def test_no_tabs_and_nothing_at_the_end_of_a_line(file):
+@pytest.mark.parametrize("file", PYTHON, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_file_and_no_function_is_too_long(file: Path):
     text = file.read_text(encoding="utf-8")
-    assert "\t" not in text and "\r" not in text
-    assert text.endswith("\n") and not text.endswith("\n\n")
-    assert not [line for line in text.splitlines() if line != line.rstrip()]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and not is_a_list_of_flags(node):
+            assert node.end_lineno - node.lineno < 40, f"{node.name} is longer than a screen"
+    longest = 250
+    if file.name == "train.py":
+        longest = 190
+    assert text.count("\n") <= longest
 
 
-def test_the_story_stays_short():
-    assert len(file_of("train").read_text().splitlines()) <= 190
+def test_plumbing_is_at_most_15_files():
+    assert len(list((ROOT / "plumbing").glob("*.py"))) <= 15
+
+
+@pytest.mark.parametrize("file", SHELL, ids=lambda file: file.name)
+def test_lines_of_a_shell_script_are_at_most_100_columns(file: Path):
+    assert max(map(len, file.read_text(encoding="utf-8").splitlines())) <= 100

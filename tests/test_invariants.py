@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import checkpoint, history
-from PIL import Image
 
 import data
 import features
@@ -16,6 +15,7 @@ from data import UserError
 from plumbing import datasets
 from plumbing.files import whole_file
 from study import textbook
+from study.benchmark import write_pictures
 
 STRATEGIES = [(), ("layer4",), ("layer3", "layer4")]
 LOSSES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
@@ -56,22 +56,6 @@ def test_the_usual_mistake_moves_the_frozen_batchnorm_and_nothing_else_that_is_f
     assert changed(initial, trained) == drifting | {"fc.weight", "fc.bias"}
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_the_usual_mistake_is_caught(right):
-    """requires_grad = False and model.train(): the frozen BatchNorm's statistics drift."""
-    model = freeze.build("resnet18", 10)
-    freeze.freeze(model, ["fc"])
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if right:
-        freeze.train_mode(model)
-    else:
-        model.train()
-    model(torch.rand(4, 3, 64, 64))
-    drifted = changed(before, model.state_dict())
-    assert bool(drifted) != right
-    assert all("running" in name or "tracked" in name for name in drifted)
-
-
 # ---------------------------------------------------------------- 2. the cache changes only speed
 
 
@@ -93,22 +77,12 @@ def test_the_same_losses_with_and_without_the_cache(run, float64, unfreeze):
 # ---------------------------------------------------------------- 3. the textbook computes the same
 
 
-def write_pictures(folder: Path, images: data.Images) -> None:
-    """PNG files, a folder per class."""
-    for name in images.classes:
-        (folder / name).mkdir(parents=True)
-    for i, label in enumerate(images.labels.tolist()):
-        file = folder / images.classes[label] / f"{i:04}.png"
-        Image.fromarray(images.pixels[i].numpy()).save(file)
-
-
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """60 pictures to train on and 60 to test on, as files."""
     folder = tmp_path / "pictures"
-    write_pictures(
-        folder / "train", data.stratified_subset(datasets.synthetic("train"), 60, seed=0)
-    )
+    few = data.stratified_subset(datasets.synthetic("train"), 60, seed=0)
+    write_pictures(folder / "train", few)
     write_pictures(folder / "test", datasets.synthetic("test"))
     return folder
 
@@ -191,17 +165,6 @@ def test_a_long_run_leaves_the_short_one_on_its_way(run):
 
 def test_another_seed_gives_another_run(run):
     assert history(run("--seed", "0"), *LOSSES) != history(run("--seed", "1"), *LOSSES)
-
-
-def test_order_and_flips_come_from_seed_and_epoch_alone():
-    order, flips = data.epoch_order(1000, seed=3, epoch=7)
-    torch.manual_seed(99)
-    again = data.epoch_order(1000, seed=3, epoch=7)
-    assert torch.equal(order, again[0]) and torch.equal(flips, again[1])
-    assert sorted(order.tolist()) == list(range(1000)) and 400 < flips.sum() < 600
-    for seed, epoch in ((3, 8), (4, 7), (7, 3)):
-        other = data.epoch_order(1000, seed, epoch)
-        assert not torch.equal(order, other[0]) and not torch.equal(flips, other[1])
 
 
 # ---------------------------------------------------------------- 5. a file is whole or not there

@@ -19,12 +19,12 @@ import example
 import freeze
 from plumbing import datasets
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
 
-
-def block(words: str) -> str:
+def block(readme: str, words: str) -> str:
     """The one block of Python code with these words in it."""
-    (found,) = [text for text in BLOCKS if words in text]
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+    (found,) = [code for code in blocks if words in code]
     return found
 
 
@@ -43,7 +43,7 @@ def test_a_trained_network_in_one_s_own_script_says_what_evaluate_says(
     names = {"FILE": folder / "epoch2.pt", "torch": torch, "data": data, "freeze": freeze}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), torch.no_grad():
-        exec(block('read_picture("cat.jpg"'), names)
+        exec(block("README.md", 'read_picture("cat.jpg"'), names)
     capsys.readouterr()
     evaluate.main([str(folder / "epoch2.pt"), "--image", "cat.jpg"])
     likely = capsys.readouterr().out.splitlines()[1].removeprefix("cat.jpg: ").split(", ")
@@ -54,18 +54,12 @@ def test_a_trained_network_in_one_s_own_script_says_what_evaluate_says(
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README.ja.md"])
-def test_the_code_that_is_quoted_from_example_py_stands_there(readme):
+def test_what_is_quoted_linked_or_said_to_be_edited_is_there(readme):
     text = (ROOT / readme).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
-    (quoted,) = [block for block in blocks if "inputs.fill(DEVICE)" in block]
-    example = [line.strip() for line in (ROOT / "example.py").read_text().splitlines()]
-    places = [example.index(line.strip()) for line in quoted.splitlines() if line != "..."]
+    quoted = block(readme, "inputs.fill(DEVICE)")
+    lines = [line.strip() for line in (ROOT / "example.py").read_text().splitlines()]
+    places = [lines.index(line.strip()) for line in quoted.splitlines() if line != "..."]
     assert places == sorted(places) and len(places) > 5
-
-
-@pytest.mark.parametrize("readme", ["README.md", "README.ja.md"])
-def test_what_is_said_to_be_edited_is_there(readme):
-    text = (ROOT / readme).read_text(encoding="utf-8")
     recipe, loop = (ROOT / "train.py").read_text().split("def train_step", 1)
     for name in ("OPTIMIZER", "SCHEDULE", "LOSS", "AUGMENT"):
         assert f"`{name}`" in text and re.search(f"^{name} = ", recipe, re.M)

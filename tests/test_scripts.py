@@ -21,8 +21,6 @@ note() {
     done
     if [ -n "$CUDA_VISIBLE_DEVICES" ]; then
         line=" gpu $CUDA_VISIBLE_DEVICES${RUNS_ON_GPU:+ of $RUNS_ON_GPU}:$line"
-        echo "warning: not the run"
-        echo results/a-run
         echo "    1/50        0.5    80.00%"
     fi
     echo "${line# }" >> "$LOG"
@@ -113,18 +111,12 @@ def test_run_all_compares_what_is_in_its_folder(scripts, tmp_path):
 
 
 def test_run_all_with_seeds_and_the_baseline(scripts):
-    _, log = scripts("run_all.sh", "--out", "here", SEEDS="3 4", WITH_FC="1")
-    *runs, compared, _ = log
-    assert len(runs) == 2 * 3
-    assert all("--out here" in line for line in runs)
+    _, (*runs, compared, _) = scripts("run_all.sh", "--out", "here", SEEDS="3 4", WITH_FC="1")
     assert runs[0] == "train.py --unfreeze --epochs 10 50 --seed 3 --out here --resume"
-    assert {line.split("--seed ")[1][0] for line in runs} == {"3", "4"}
+    assert [line.split("--seed ")[1] for line in runs] == [
+        f"{seed} --out here --resume" for seed in (3, 3, 3, 4, 4, 4)
+    ]
     assert "--csv here/summary.csv" in compared
-
-
-def test_run_all_without_the_baseline(scripts):
-    _, log = scripts("run_all.sh", WITH_FC="0")
-    assert len(log) == 2 + 1 + 1
 
 
 def test_the_demo_pretrains_on_other_pictures_and_goes_on_from_that(scripts, tmp_path):
@@ -153,22 +145,26 @@ def test_run_all_stops_at_a_run_that_fails(scripts):
     assert len(log) == 2
 
 
+@pytest.mark.parametrize("gpus", [{}, {"GPUS": "0 1"}])
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_who_stops_run_all_stops_the_run_and_hears_it_out(scripts, tmp_path, number, status):
+def test_who_stops_run_all_stops_the_runs_and_hears_them_out(
+    scripts, tmp_path, number, status, gpus
+):
+    count, log = 1 + len(gpus), tmp_path / "log"
+    log.touch()
     process = subprocess.Popen(
         ["bash", "run_all.sh"],
         cwd=tmp_path,
-        env=variables_of(tmp_path) | {"FOREVER": "1"},
+        env=variables_of(tmp_path) | {"FOREVER": "1"} | gpus,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    while not (tmp_path / "log").exists() or "train.py" not in (tmp_path / "log").read_text():
+    while log.read_text().count("train.py") < count:
         time.sleep(0.05)
     time.sleep(0.2)
     process.send_signal(number)
-    assert process.wait(10) == status
-    *_, run, last = (tmp_path / "log").read_text().splitlines()
-    assert "train.py" in run
-    assert last == "stopped"
+    assert process.wait(20) == status
+    lines = log.read_text().splitlines()
+    assert lines[count:] == ["stopped"] * count and "train.py" in lines[count - 1]
 
 
 def test_the_list_is_of_commands_that_can_be_run_anywhere(scripts, tmp_path):
@@ -190,60 +186,48 @@ def test_runs_on_several_gpus_are_each_made_once_and_the_others_finish(scripts, 
     assert len(runs) == len({line.partition(": ")[2] for line in runs}) == 4
     assert {line[:6] for line in runs} <= {"gpu 0 ", "gpu 5 "}
     assert done.stderr.count("failed: see results/run") == 2
-    assert done.stdout.count("results/a-run     1/50        0.5    80.00%") == 4
-    assert "a-run" in (tmp_path / "results/run3.log").read_text()
+    assert all(f"run {i}:     1/50        0.5    80.00%\n" in done.stdout for i in range(4))
+    assert "1/50" in (tmp_path / "results/run3.log").read_text()
     assert not any("compare.py" in line for line in log)
     done, log = scripts("run_all.sh", GPUS="0 5")
     assert done.returncode == 0 and "compare.py" in log[-2]
 
 
-@pytest.mark.parametrize("free, asked, two", [(60_000, {}, True), (20_000, {}, False)])
-@pytest.mark.parametrize("more", [{}, {"GPUS": "0"}, {"CUDA_VISIBLE_DEVICES": "3,4"}])
+@pytest.mark.parametrize(
+    "free, variables, gpu, two",
+    [
+        (60_000, {}, "0", True),
+        (60_000, {"CUDA_VISIBLE_DEVICES": "3,4"}, "3", True),
+        (20_000, {}, "0", False),
+        (60_000, {"GPUS": "0"}, None, False),
+    ],
+)
 def test_one_gpu_that_has_room_for_two_runs_makes_two_at_a_time(
-    scripts, tmp_path, free, asked, two, more
+    scripts, tmp_path, free, variables, gpu, two
 ):
     """Each with its share of the memory."""
-    write_program(
-        tmp_path / "bin/nvidia-smi", f"#!/bin/sh\necho $2 >> {tmp_path}/smi\necho {free}\n"
-    )
-    done, log = scripts("run_all.sh", **more)
+    ask = f"#!/bin/sh\necho $2 >> {tmp_path}/smi\necho {free}\n"
+    write_program(tmp_path / "bin/nvidia-smi", ask)
+    done, (*runs, _, _) = scripts("run_all.sh", **variables)
     assert done.returncode == 0, done.stderr
-    gpu = more.get("CUDA_VISIBLE_DEVICES", "0")[0]
-    runs = [line for line in log if "train.py" in line]
-    if more == {"GPUS": "0"}:
-        assert "two runs at a time" not in done.stdout and len(runs) == 2
-        assert runs[0].startswith("gpu 0 of 1: ")
-        return
     assert (f"two runs at a time, for which GPU {gpu} has room" in done.stdout) == two
-    assert (tmp_path / "smi").read_text().split() == [gpu]
     assert all(line.startswith(f"gpu {gpu} of 2: ") for line in runs) == two
+    if gpu:
+        assert (tmp_path / "smi").read_text().split() == [gpu]
+    else:
+        assert runs[0].startswith("gpu 0 of 1: ")
 
 
-def test_a_tag_goes_to_the_runs_and_not_to_the_pretraining(scripts, tmp_path):
+@pytest.mark.parametrize("words", [("--tag", "smooth"), ("--tag=smooth",)])
+def test_a_tag_goes_to_the_runs_and_not_to_the_pretraining(scripts, tmp_path, words):
     trained = tmp_path / "results/demo/pretraining/a run/epoch5.pt"
     trained.parent.mkdir(parents=True)
     trained.touch()
-    for words in (["--tag", "smooth"], ["--tag=smooth"]):
-        (tmp_path / "log").unlink(missing_ok=True)
-        (tmp_path / "results/demo/pretrained.pt").unlink(missing_ok=True)
-        done, (pretraining, *runs, _, _) = scripts("run_all.sh", "--demo", *words)
-        assert done.returncode == 0 and "--tag" not in pretraining
-        assert len(runs) == 3 and all(" --tag smooth " in line for line in runs)
-    (tmp_path / "log").unlink()
-    _, log = scripts("run_all.sh", "--demo", "--tag", "other")  # what is pretrained stays
-    assert not any("synthetic-other" in line for line in log)
-
-
-def test_who_stops_run_all_stops_the_runs_on_all_gpus(scripts, tmp_path):
-    environment = variables_of(tmp_path) | {"FOREVER": "1", "GPUS": "0 1"}
-    process = subprocess.Popen(["bash", "run_all.sh"], cwd=tmp_path, env=environment)
-    while not (tmp_path / "log").exists() or (tmp_path / "log").read_text().count("train.py") < 2:
-        time.sleep(0.05)
-    time.sleep(0.2)
-    assert subprocess.run(["pgrep", "-f", f"{tmp_path}/train.py"], capture_output=True).stdout
-    process.terminate()
-    assert process.wait(10) == 143
-    assert not subprocess.run(["pgrep", "-f", f"{tmp_path}/train.py"], capture_output=True).stdout
+    _, (pretraining, *runs, _, _) = scripts("run_all.sh", "--demo", *words)
+    assert "synthetic-other" in pretraining and "--tag" not in pretraining
+    assert len(runs) == 3 and all(" --tag smooth " in line for line in runs)
+    _, log = scripts("run_all.sh", "--demo", "--tag", "other")
+    assert not any("synthetic-other" in line for line in log[6:])  # what is pretrained stays
 
 
 def test_run_all_explains_itself(scripts):
@@ -315,53 +299,41 @@ def test_a_folder_with_a_data_py_of_its_own_is_no_hindrance(scripts, tmp_path):
 CHOSEN = ". ./setup.sh; echo chosen: $python"
 
 
-@pytest.mark.parametrize(
-    "candidate", ["bin/python", "bin/python3", ".venv/bin/python", ".venv/Scripts/python"]
-)
-def test_a_python_that_has_all_is_taken_wherever_it_is(scripts, tmp_path, candidate):
-    for name in ("python", "python3"):
-        fake_python(tmp_path / "bin" / name, has_all=False)
-    fake_python(tmp_path / candidate, has_all=True)
+@pytest.mark.parametrize("name", ["python", "python3", ".venv/bin/python", ".venv/Scripts/python"])
+def test_a_python_that_has_all_is_taken_wherever_it_is(scripts, tmp_path, name):
+    for other in ("python", "python3"):
+        fake_python(tmp_path / "bin" / other, has_all=False)
+    fake_python(tmp_path / "bin" / name, has_all=True)
+    if name.startswith("."):
+        fake_python(tmp_path / name, has_all=True)
     done, log = scripts("-c", CHOSEN)
-    (line,) = done.stdout.splitlines()
-    name = candidate.removeprefix("bin/")
-    assert line.replace(f"{tmp_path}/", "") == f"chosen: {name}"
-    assert not log
-
-
-class RealPython:
-    """`python` is this very interpreter, with an importable `torch` in front that takes notes, and
-    packages as they are given; there is no other. bash setup.sh gives `chosen`, or it installs."""
-
-    def __init__(self, scripts, folder: Path):
-        self.scripts, self.folder, self.imported = scripts, folder, folder / "imported"
-        (folder / "front").mkdir()
-        (folder / "front/torch.py").write_text(f"open({str(self.imported)!r}, 'w')")
-        self.install_at(folder / "bin/python")
-
-    def install_at(self, file: Path) -> None:
-        write_program(file, f"#!/bin/sh\n{NOTES_PIP}exec '{sys.executable}' -S \"$@\"\n")
-
-    def has(self, name: str, version: str) -> None:
-        """As pip would leave it."""
-        metadata = self.folder / f"front/{name}-{version}.dist-info/METADATA"
-        metadata.parent.mkdir(parents=True)
-        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-
-    def choose(self, *packages: str):
-        words = f". ./setup.sh {' '.join(packages)}; echo chosen: $python"
-        done, log = self.scripts("-c", words, PYTHONPATH=str(self.folder / "front"))
-        assert not self.imported.exists()
-        return done, log
+    assert done.stdout.replace(f"{tmp_path}/", "") == f"chosen: {name}\n" and not log
 
 
 NOTES_PIP = 'case "$*" in "-m pip"*|"-m venv"*) echo "$@" >> "$LOG"; exit 1 ;; esac\n'
 
 
 @pytest.fixture
-def real_python(scripts, tmp_path):
-    fake_python(tmp_path / "bin/python3", has_all=False)
-    return RealPython(scripts, tmp_path)
+def choose(scripts, tmp_path):
+    """Sources setup.sh where this very interpreter is the one `python`, at `where`, and has a torch
+    and a torchvision of these versions, which it must not import."""
+
+    def choose(*packages: str, torch="2.6.0", torchvision="0.21.0", where="bin/python"):
+        (tmp_path / "bin/python").unlink()
+        fake_python(tmp_path / "bin/python3", has_all=False)
+        real = f"#!/bin/sh\n{NOTES_PIP}exec '{sys.executable}' -S \"$@\"\n"
+        write_program(tmp_path / where, real)
+        for name, version in {"torch": torch, "torchvision": torchvision}.items():
+            metadata = tmp_path / f"front/{name}-{version}.dist-info/METADATA"
+            metadata.parent.mkdir(parents=True)
+            metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (tmp_path / "front/torch.py").write_text(f"open('{tmp_path}/imported', 'w')")
+        words = f". ./setup.sh {' '.join(packages)}; echo chosen: $python"
+        done, log = scripts("-c", words, PYTHONPATH=str(tmp_path / "front"))
+        assert not (tmp_path / "imported").exists()
+        return done, log
+
+    return choose
 
 
 @pytest.mark.parametrize(
@@ -375,10 +347,8 @@ def real_python(scripts, tmp_path):
         ("3.0.0.dev20270101", "1.0", True),
     ],
 )
-def test_a_torch_that_is_too_old_is_not_taken_and_is_named(real_python, torch, torchvision, fit):
-    real_python.has("torch", torch)
-    real_python.has("torchvision", torchvision)
-    done, log = real_python.choose()
+def test_a_torch_that_is_too_old_is_not_taken_and_is_named(choose, torch, torchvision, fit):
+    done, log = choose(torch=torch, torchvision=torchvision)
     if fit:
         assert done.stdout == "chosen: python\n" and not log
         return
@@ -387,21 +357,15 @@ def test_a_torch_that_is_too_old_is_not_taken_and_is_named(real_python, torch, t
     assert log  # it would install its own
 
 
-def test_a_small_package_that_is_missing_is_named_and_nothing_big_is_installed(real_python):
-    real_python.has("torch", "2.6.0")
-    real_python.has("torchvision", "0.21.0")
-    done, log = real_python.choose("pytest", "matplotlib")
+def test_a_small_package_that_is_missing_is_named_and_nothing_big_is_installed(choose):
+    done, log = choose("pytest", "matplotlib")
     assert done.returncode == 1 and not log
     assert "python has torch and lacks pytest matplotlib." in done.stderr
     assert done.stderr.splitlines()[-1].strip() == "python -m pip install pytest matplotlib"
 
 
-def test_our_own_environment_is_completed(real_python, tmp_path):
-    real_python.has("torch", "2.6.0")
-    real_python.has("torchvision", "0.21.0")
-    (tmp_path / "bin/python").unlink()
-    real_python.install_at(tmp_path / ".venv/bin/python")
-    _, log = real_python.choose("pytest")
+def test_our_own_environment_is_completed(choose):
+    _, log = choose("pytest", where=".venv/bin/python")
     assert log == ["-m pip install --quiet pytest"]
 
 
