@@ -3,7 +3,8 @@
     python -m study.pictures study/results/h100
 
 sizes.png and pixels.png: accuracy by the number of training images and by their size. drift.png:
-how far the weights have moved, where history.csv has it (runs of before 2026-12).
+how far the weights have moved, where history.csv has it (runs of before 2026-12). seconds.png:
+accuracy by the time, ours and the textbook script's, where there is a benchmark.csv.
 """
 
 from pathlib import Path
@@ -72,6 +73,41 @@ def drift(runs: list[dict]) -> "pyplot.Figure | None":
     return figure
 
 
+def race(runs: list[dict], benchmark: Path) -> "pyplot.Figure | None":
+    """Test accuracy by the seconds since the command was typed, for the textbook script and for
+    train.py. The accuracies are those of the longest runs of seed 0, because both scripts compute
+    the same; the seconds are those that benchmark.csv projects for each."""
+    if not benchmark.exists():
+        return None
+    largest = max(run["train_images"] for run in runs)
+    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for row in plot.read_csv(benchmark):
+        strategy = f"fc+{row['strategy']}".replace("fc+fc", "fc")  # older files leave out fc
+        found = [run for run in runs if (run["label"], run["seed"]) == (strategy, 0)]
+        found = [run for run in found if (run["train_images"], run["image_size"]) == (largest, 224)]
+        if not found or row["variant"] not in ("textbook", "ours"):
+            continue
+        run = max(found, key=lambda run: run["epochs"])
+        short, long = (float(row[f"projected_{epochs}_epochs"]) for epochs in (10, 50))
+        epoch = (long - short) / 40
+        seconds = short + epoch * (run["history"]["epoch"] - 10)
+        style = run["style"] | {"markevery": 7}
+        if row["variant"] == "textbook":
+            style |= {"markerfacecolor": "white", "linewidth": 1}
+        text = f"{strategy}, {row['variant']}"
+        axis.plot(seconds, run["history"]["test_accuracy"], label=text, **style)
+    if not axis.lines:
+        return None
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set(xlabel="seconds since the command was typed", ylabel="test accuracy")
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axis.legend()
+    return figure
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path)
@@ -81,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         plot.save(folder / "sizes.png", sweep, runs, "train_images", "training images")
         plot.save(folder / "pixels.png", sweep, runs, "image_size", "pixels a side")
         plot.save(folder / "drift.png", drift, runs)
+        plot.save(folder / "seconds.png", race, runs, folder / "benchmark.csv")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The usual script and the benchmark, on little work."""
 
 import csv
+import time
 
 import pytest
 import torch
@@ -47,7 +48,12 @@ def measured(seconds: float) -> dict[str, float]:
     """What a variant gives, made up."""
     result = dict.fromkeys(("train_loss", "test_accuracy", "peak_host_bytes"), 1.0)
     result |= {"fill_seconds": 3.0, "seconds_per_epoch": seconds, "eval_seconds": 1.0}
-    return result | {"peak_device_bytes": 0, "measured_seconds": 15.0, "wall_seconds": 20.0}
+    return result | {
+        "peak_device_bytes": 0,
+        "measured_seconds": 15.0,
+        "read_seconds": 0.5,
+        "wall_seconds": 20.0,
+    }
 
 
 @pytest.fixture
@@ -92,7 +98,7 @@ def test_a_benchmark_that_is_stopped_keeps_what_it_has(quick, tmp_path):
 
 def test_projections_count_everything_once():
     row = benchmark.row_of("fc", "ours", measured(5.0), sizes=(100, 50), full=(1000, 100))
-    start_up, fill, epoch = 20 - 15, 3 * 2100 / 250, 5 * 10 + 1 * 2
+    start_up, fill, epoch = 20 - 15 - 1 + 0.5 * 1100 / 150, 3 * 2100 / 250, 5 * 10 + 1 * 2
     assert row["projected_10_epochs"] == pytest.approx(start_up + fill + 10 * epoch)
     assert row["projected_50_epochs"] == pytest.approx(start_up + fill + 50 * epoch)
     assert row["images_per_second"] == pytest.approx(20) and set(row) == COLUMNS
@@ -104,10 +110,12 @@ def test_figures_are_medians_and_measure_all_there_was(monkeypatch, tmp_path):
         row = {"seconds": train + test, "train_seconds": train}
         history.append(row | {"train_loss": train, "test_accuracy": 0.25})
     monkeypatch.setattr(benchmark, "run_ours", lambda *_: (history, 7.0))
-    args = benchmark.Namespace(device="cpu")
+    monkeypatch.setattr(benchmark.datasets, "load", lambda *_: time.sleep(0.1))
+    args = benchmark.Namespace(device="cpu", image_size=32)
     figures = benchmark.figures("ours", tmp_path, "fc", args)
     assert figures["seconds_per_epoch"] == 3.0 and figures["eval_seconds"] == 1.5
     assert figures["measured_seconds"] == pytest.approx(7 + 14 + 4)
+    assert 0.2 <= figures["read_seconds"] < 1
     assert figures["train_loss"] == 3.0 and figures["test_accuracy"] == 0.25
 
 
