@@ -36,11 +36,12 @@ KIND = ("dataset", "model", "weights", "precision", "split")
 SIZES = ("train_images", "image_size", "batch_size")
 NUMBERS = (*SIZES, "epochs", "seed", "test_images")
 LARGEST_MATRIX = 20  # classes whose counts are legible
+STUDY = Path(__file__).parent / "study/results/h100"
 
 
 def read(folder: Path) -> list[dict]:
-    """The summary's rows in the order to draw them, numbers as numbers, with a label, a style and
-    the history, a dictionary of columns. Raises UserError."""
+    """The summary's rows in the order to draw them, as `parsed` gives them, each with the style of
+    its line. Raises UserError."""
     runs, file = [], folder / "summary.csv"
     try:
         for row in read_csv(file):
@@ -54,26 +55,23 @@ def read(folder: Path) -> list[dict]:
     styles = dict(zip(labels, itertools.cycle(STYLES)))
     for run in runs:
         run["style"] = styles[run["label"]]
-    return sorted(
-        runs, key=lambda run: (labels.index(run["label"]), run["epochs"], *map(run.get, SIZES))
-    )
+    runs.sort(key=lambda run: (labels.index(run["label"]), run["epochs"], *map(run.get, SIZES)))
+    return runs
 
 
 def parsed(row: dict[str, str], lines: list[dict]) -> dict:
-    """A run: its row of summary.csv, and as many epochs of its history as the row has."""
+    """A row of summary.csv with a label and its history, an array a column; numbers as numbers."""
     run = row | {name: int(row[name]) for name in NUMBERS}
     run["test_accuracy"] = float(row["test_accuracy"])
-    lines = lines[: run["epochs"]]
     if len(lines) < run["epochs"]:
         raise ValueError(f"{len(lines)} epochs where the summary has {run['epochs']}")
     run["history"] = {}
     for name in lines[0]:  # blank where there was no such number
-        run["history"][name] = np.array([float(line[name] or "nan") for line in lines])
+        numbers = [float(line[name] or "nan") for line in lines[: run["epochs"]]]
+        run["history"][name] = np.array(numbers)
     run["split"] = "val" if "val_loss" in run["history"] else "test"
     # What a run's line is called: its strategy, and what is not as published.
-    strategy = row["strategy"]
-    if strategy.count("+") == 5:
-        strategy = "everything"
+    strategy = row["strategy"].replace("fc+stem+layer1+layer2+layer3+layer4", "everything")
     label = f"{strategy} {row.get('tag', '')}".strip()
     if row["frozen_batchnorm"] == "train":
         label += ", usual mistake"
@@ -203,15 +201,14 @@ def mistakes(file: Path) -> "pyplot.Figure | None":
     figure, axes = pyplot.subplots(2, 6, figsize=(12, 5), layout="constrained", subplot_kw=no_frame)
     for axis, row in zip(axes.flat, rows):
         axis.imshow(pyplot.imread(file.parent / row["file"]))
-        probability = float(row["probability"])
-        axis.set_title(f"said {row['said']} ({probability:.0%})\nis {row['true']}", fontsize=9)
+        said = f"said {row['said']} ({float(row['probability']):.0%})\nis {row['true']}"
+        axis.set_title(said, fontsize=9)
     return figure
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
-    default = Path(__file__).parent / "study/results/h100"
-    parser.add_argument("folder", nargs="?", type=Path, default=default)
+    parser.add_argument("folder", nargs="?", type=Path, default=STUDY)
     folder = parser.parse_args(argv).folder.expanduser()
     runs = read(folder)
     drawings = dict.fromkeys(sorted(folder.glob("*/*.confusion.csv")), confusion)

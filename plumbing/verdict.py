@@ -119,15 +119,14 @@ def comparable(runs: Runs) -> list[Candidate]:
     for row, saved in runs:
         if row["code"] == usual[row["tag"]]:
             strategy = tuple(row[name] for name in STRATEGY)
-            settings = saved["settings"]
-            seed = row["seed"], settings["train_data"], settings["initial_network"]
+            begun = saved["settings"]["train_data"], saved["settings"]["initial_network"]
             found = lengths.setdefault(row["epochs"], {}).setdefault(strategy, {})
-            found[seed] = row, saved
+            found[(row["seed"], *begun)] = row, saved
     strategies = lengths[max(lengths, key=lambda epochs: (len(lengths[epochs]), epochs))]
     shared = set.intersection(*map(set, strategies.values()))
     if not shared:
         return []
-    return [Candidate(found, sorted(shared)) for _, found in sorted(strategies.items())]
+    return [Candidate(strategies[strategy], sorted(shared)) for strategy in sorted(strategies)]
 
 
 def spreads(runs: Runs) -> Iterator[str]:
@@ -204,9 +203,7 @@ def sentences(candidates: list[Candidate]) -> Iterator[str]:
     if len(best.rows) == 1:
         counts = "how far they wander from epoch to epoch"
         if best.wander is None:
-            counts = (
-                "the choice of pictures alone, as they are too short to see how far they wander"
-            )
+            counts = "the choice of pictures alone, as they are too short to see them wander"
         yield f"these are single runs, and p counts {counts}: {MORE_SEEDS}"
     if best.split == "val":
         tested = f"{row['test_images']:,} test pictures, looked at once"
