@@ -40,10 +40,11 @@ def parse(argv: list[str] | None) -> Namespace:
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="epochN.pt files of train.py")
     add("--csv", type=output, metavar="FILE",
         help="write a row per checkpoint to this file, or with --image a row per picture")
-    add("--per-class", action="store_true",
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--per-class", action="store_true",
         help="accuracy per class; beside the checkpoint the confusion matrix and the most "
              "confident mistakes")
-    add("--image", nargs="+", metavar="PICTURE",
+    either("--image", nargs="+", default=[], metavar="PICTURE",
         help="after the checkpoints: the top five classes of these pictures, or of all pictures "
              "in these folders, no scoring")
     add("--data-dir", type=folder, metavar="DIR",
@@ -53,8 +54,6 @@ def parse(argv: list[str] | None) -> Namespace:
     # fmt: on
     args = parser.parse_args(argv)
     args.checkpoints = paths(args.checkpoints)
-    if args.image and args.per_class:
-        raise UserError("--image names pictures, and --per-class scores: one at a time")
     if args.image and args.csv and len(args.checkpoints) > 1:
         raise UserError("--image with --csv takes one checkpoint: a row is one picture's")
     if args.image and args.data_dir:
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.csv:
         check_writable(args.csv)
-    pictures = [file for path in paths(args.image or []) for file in find_pictures(Path(path))]
+    pictures = [file for path in paths(args.image) for file in find_pictures(Path(path))]
     test_sets = datasets.TestSets()  # many checkpoints share one test set
     rows, failed = [], False
     for path in args.checkpoints:
@@ -76,13 +75,11 @@ def main(argv: list[str] | None = None) -> None:
             if args.image:
                 rows = name_pictures(path, trained, pictures)
                 failed |= len(rows) < len(pictures)
-                continue
-            rows.append(score_one(path, trained, test_sets, args, header=not rows))
-        except UserError as error:  # said, and the others scored all the same
-            about = str(error)
-            if str(path) not in about:
-                about = f"{path}: {about}"
-            complain(about)
+            else:
+                rows.append(score(path, trained, test_sets, args, header=not rows))
+        except UserError as error:  # the others are scored all the same
+            about = "" if path in str(error) else f"{path}: "
+            complain(f"{about}{error}")
             failed = True
     if args.csv and rows:
         write_rows(args.csv, rows)
@@ -90,18 +87,15 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def score_one(
+def score(
     path: str, trained: Trained, test_sets: datasets.TestSets, args: Namespace, header: bool
 ) -> dict:
     """Score one checkpoint on its test set, print its line, and give its row of the CSV."""
     images = test_sets.of(trained.checkpoint, args.data_dir)
-    size = trained.image_size
-    batches = prepared(images.pixels, size, trained.device)
+    batches = prepared(images.pixels, trained.image_size, trained.device)
     logits = predict(trained.model, batches, trained.device, trained.precision).cpu()
-    found = metrics(logits, images.labels)
-    scores = {f"test_{name}": value for name, value in found.items()}
-    row = summary_row(path, trained.checkpoint, scores)
-    row["test_images"] = len(images.labels)
+    scores = {f"test_{name}": value for name, value in metrics(logits, images.labels).items()}
+    row = summary_row(path, trained.checkpoint, scores) | {"test_images": len(images.labels)}
     print_row(row, header)
     if args.per_class:
         report_classes(Path(path), logits, images)
@@ -122,9 +116,9 @@ def complain(error: UserError | str) -> None:
 
 def name_pictures(path: str, trained: Trained, files: list[Path]) -> list[dict]:
     """Print the five likeliest classes of each picture, which goes the way that the training
-    pictures went: to their size, then to the network's. Returns a row of the CSV for each one that
-    could be read: its file, the likeliest class and that one's probability, and all classes'."""
-    rows = []
+    pictures went: to their size, then to the network's. Returns a row of the CSV for each picture
+    that could be read."""
+    rows, classes = [], trained.classes
     print(path)
     for start in range(0, len(files), 128):
         named, pictures = [], []
@@ -139,12 +133,12 @@ def name_pictures(path: str, trained: Trained, files: list[Path]) -> list[dict]:
         batches = prepared(torch.cat(pictures), trained.image_size, trained.device)
         logits = predict(trained.model, batches, trained.device, trained.precision)
         for file, probabilities in zip(named, logits.softmax(1).cpu()):
-            best = probabilities.topk(min(5, len(trained.classes)))
-            likely = [f"{trained.classes[i]} {p:.1%}" for p, i in zip(best.values, best.indices)]
+            best = probabilities.topk(min(5, len(classes)))
+            likely = [f"{classes[i]} {p:.1%}" for p, i in zip(best.values, best.indices)]
             print(f"{file}: {', '.join(likely)}")
-            row = {"file": file, "class": trained.classes[best.indices[0]]}
+            row = {"file": file, "class": classes[best.indices[0]]}
             row["probability"] = best.values[0].item()
-            rows.append(row | dict(zip(trained.classes, probabilities.tolist())))
+            rows.append(row | dict(zip(classes, probabilities.tolist())))
     return rows
 
 
@@ -157,9 +151,9 @@ def report_classes(path: Path, logits: torch.Tensor, images: Images) -> None:
     confusion = pairs.view(count, count)
     for name, row, correct in zip(images.classes, confusion, confusion.diag()):
         if row.sum() == 0:
-            print(f"{'':21} {'':10}    {name}: no test pictures")
-            continue
-        print(f"{'':21} {correct / row.sum():10.2%}    {name}, {correct:,} of {row.sum():,}")
+            print(f"{'':36}{name}: no test pictures")
+        else:
+            print(f"{correct / row.sum():32.2%}    {name}, {correct:,} of {row.sum():,}")
     table = [[name, *row.tolist()] for name, row in zip(images.classes, confusion)]
     write_csv(path.with_suffix(".confusion.csv"), ["true class", *images.classes], table)
     write_mistakes(path.with_suffix(".mistakes"), said, probabilities, images)
@@ -177,18 +171,13 @@ def write_mistakes(
         file.unlink()
     rows = []
     for number, i in enumerate(worst.tolist(), start=1):
-        file = f"{number:02}.png"
         png = io.BytesIO()
         Image.fromarray(images.pixels[i].numpy()).save(png, "PNG")
-        write_file(folder / file, png.getbuffer())
+        write_file(folder / f"{number:02}.png", png.getbuffer())
         true, answer = images.classes[images.labels[i]], images.classes[said[i]]
-        rows.append((file, true, answer, probabilities[i].item()))
+        rows.append((f"{number:02}.png", true, answer, probabilities[i].item()))
     write_csv(folder / "mistakes.csv", ["file", "true", "said", "probability"], rows)
 
 
 if __name__ == "__main__":
-    command(
-        main,
-        when_stopped="the table is written when all is scored, not before",
-        when_full="try --device cpu",
-    )
+    command(main, when_stopped="the table is written at the end", when_full="try --device cpu")

@@ -1,7 +1,6 @@
 """train.py's flags, which the benchmark takes too."""
 
 import argparse
-import contextlib
 import math
 import re
 from pathlib import Path
@@ -17,37 +16,8 @@ from plumbing.machine import PRECISIONS, device_flag
 def parse(description: str, recipe: dict, argv: list[str] | None) -> argparse.Namespace:
     """What the user asked for, and nothing else. recipe: the defaults. Raises UserError for one
     that is none."""
-    args = parser(description, recipe).parse_args(argv)
-    for name, known in {"model": freeze.MODELS, "dataset": DATASETS}.items():
-        if getattr(args, name) not in known:
-            raise UserError(f"RECIPE: {name} {getattr(args, name)!r} is none of {', '.join(known)}")
-    return args
-
-
-def learning_rates(args: argparse.Namespace, published: dict[str, float]) -> dict[str, float]:
-    """The rate of each stage that learns, in the order they run; the head learns always, and is the
-    last. Raises UserError."""
-    names = freeze.stage_names(args.model)
-    for stage in args.unfreeze:
-        if stage not in names:
-            raise UserError(f"--unfreeze {stage}: {args.model} has {', '.join(names)}")
-    learning = [name for name in names if name in [*args.unfreeze, names[-1]]]
-    asked = dict(args.lr)
-    for stage in asked:
-        if stage not in learning:
-            learns = " and ".join(learning)
-            raise UserError(f"--lr {stage}=...: only what learns has a rate, here {learns}")
-    rates = published | asked
-    for stage in learning:
-        if stage not in rates:
-            unknown = f"--unfreeze {stage} has no published rate"
-            raise UserError(f"{unknown}: give it one, as in --lr {stage}=1e-6")
-    return {stage: rates[stage] for stage in learning}
-
-
-def parser(description: str, recipe: dict) -> Parser:
-    made = Parser(description)
-    add = made.add_argument
+    parser = Parser(description)
+    add = parser.add_argument
     rates = " ".join(f"{stage}={rate:g}" for stage, rate in recipe["rates"].items())
     # fmt: off
     # the experiment
@@ -93,14 +63,39 @@ def parser(description: str, recipe: dict) -> Parser:
              "a file that is gone when the run ends")
     add("--resume", action="store_true",
         help="go on after the last epoch that was kept; leave a finished run as it is")
-    add("--out", type=output, default=Path("results"), metavar="DIR",
+    add("--out", type=output, default="results", metavar="DIR",
         help="the runs' folder (default: results)")
     # fmt: on
-    defaults = {name: value for name, value in recipe.items() if name != "rates"}
-    if isinstance(defaults["epochs"], int):
-        defaults["epochs"] = [defaults["epochs"]]
-    made.set_defaults(**defaults)
-    return made
+    parser.set_defaults(**{name: value for name, value in recipe.items() if name != "rates"})
+    args = parser.parse_args(argv)
+    if isinstance(args.epochs, int):
+        args.epochs = [args.epochs]
+    for name, known in {"model": freeze.MODELS, "dataset": DATASETS}.items():
+        if getattr(args, name) not in known:
+            raise UserError(f"RECIPE: {name} {getattr(args, name)!r} is none of {', '.join(known)}")
+    return args
+
+
+def learning_rates(args: argparse.Namespace, published: dict[str, float]) -> dict[str, float]:
+    """The rate of each stage that learns, in the order they run; the head learns always, and is the
+    last. Raises UserError."""
+    names = freeze.stage_names(args.model)
+    for stage in args.unfreeze:
+        if stage not in names:
+            known = f"{args.model} has {', '.join(names)}"
+            raise UserError(f"--unfreeze {stage}: {known}; spaces separate several")
+    learning = [name for name in names if name in [*args.unfreeze, names[-1]]]
+    asked = dict(args.lr)
+    for stage in asked:
+        if stage not in learning:
+            learns = " and ".join(learning)
+            raise UserError(f"--lr {stage}=...: only what learns has a rate, here {learns}")
+    rates = published | asked
+    for stage in learning:
+        if stage not in rates:
+            unknown = f"--unfreeze {stage} has no published rate"
+            raise UserError(f"{unknown}: give it one, as in --lr {stage}=1e-6")
+    return {stage: rates[stage] for stage in learning}
 
 
 def folder(text: str) -> Path:
@@ -109,7 +104,7 @@ def folder(text: str) -> Path:
 
 def weights_name(text: str) -> str:
     """imagenet, none, or a path, made absolute."""
-    return text if text in ("imagenet", "none") else str(Path(text).expanduser().resolve())
+    return text if text in ("imagenet", "none") else str(folder(text))
 
 
 def tag(text: str) -> str:
@@ -119,16 +114,22 @@ def tag(text: str) -> str:
 
 
 def share(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"must be between 0 and 1, as in 0.2, not {text!r}")
+    if not 0 < number(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, as in 0.2, not {text!r}")
+    return float(text)
 
 
 def stage_rate(text: str) -> tuple[str, float]:
     stage, _, rate = text.partition("=")
-    with contextlib.suppress(ValueError):
-        if 0 < float(rate) < math.inf:
-            return stage, float(rate)
-    wrong = f"{text!r} is not STAGE=RATE with a finite rate above 0, as in fc=0.001"
-    raise argparse.ArgumentTypeError(wrong)
+    if not 0 < number(rate) < math.inf:
+        wrong = f"{text!r} is not STAGE=RATE with a finite rate above 0, as in fc=0.001"
+        raise argparse.ArgumentTypeError(wrong)
+    return stage, float(rate)
+
+
+def number(text: str) -> float:
+    """What a text says, or nan, which is within no bounds."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,5 +1,6 @@
 """How good a network's answers are, and what a run looks like on the screen, in 80 columns."""
 
+import math
 import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -20,10 +21,8 @@ if TYPE_CHECKING:  # these import torchvision, which takes seconds
     from plumbing.datasets import Splits
     from plumbing.run import Run
 
-MANY_EPOCHS, SHORT_SECONDS = 20, 10  # a run of so many epochs that are so short shows one in ten
-
-
-# ---------------------------------------------------------------- scores
+MANY_EPOCHS, SHORT_SECONDS = 20, 10  # a run of more epochs that are shorter shows one in ten
+USUAL = ("loss", "accuracy", "images", "share", "seed")  # what is printed, or no metric
 
 
 def metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -54,12 +53,13 @@ def prepared(pixels: torch.Tensor, image_size: int, device: torch.device) -> Ite
 
 
 def test_batch(images: int, settings: Settings, device: torch.device) -> int:
-    """How many images are tested at a time: on a GPU some 1,000 of 224x224, all batches alike since
-    cuDNN searches for every size anew. An H200 tests 11,000 in 16 ms, 128 at a time in 83."""
+    """How many images are tested at a time: on a GPU some 1,000 of 224x224, and in all batches as
+    many, since cuDNN searches anew for every size. (An H200 tests 11,000 in 16 ms, in batches of
+    128 in 83.)"""
     if device.type != "cuda":
         return 128
     most = max(settings.batch_size, int(1024 * min(1, (224 / settings.image_size) ** 2)))
-    return -(-images // -(-images // most))
+    return math.ceil(images / math.ceil(images / most))
 
 
 def score_epoch(
@@ -69,15 +69,14 @@ def score_epoch(
     settings: Settings,
     device: torch.device,
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """After an epoch, of each split, test and val: the metrics, as test_loss, ...; and which images
+    """After an epoch, of each split, test or val: the metrics, as test_loss, ...; and which images
     are right, bool [images]."""
     distributed.average_batchnorm(tail)
     scores, correct = {}, {}
     for split, split_images in images.items():
         size = test_batch(len(inputs[split]), settings, device)
-        count = -(-len(inputs[split]) // size)
-        batches = inputs[split].batches(size)
-        batches = progress(batches, f"{split} pictures, batch", count)
+        count = math.ceil(len(inputs[split]) / size)
+        batches = progress(inputs[split].batches(size), f"{split} pictures, batch", count)
         logits = predict(tail, batches, device, settings.precision)
         labels = split_images.labels.to(device)
         logits = distributed.all_gather(logits, len(labels))
@@ -87,22 +86,20 @@ def score_epoch(
     return scores, correct
 
 
-# ---------------------------------------------------------------- the screen
-
-
 def print_setup(run: "Run", model: nn.Module, images: "Splits", device: torch.device) -> None:
     """What a run is about to do: where, on which pictures, which stages learn, on what device."""
     print(run.folder)
     others = [f"{len(split.labels):,} {name}" for name, split in images.watched().items()]
     print(f"data     {images.train_images:,} train and {' and '.join(others)} images")
     print_classes(images.train)
-    rates, frozen = run.settings.rates, "frozen"
+    frozen = "frozen"
     if run.settings.frozen_batchnorm == "train":
         frozen = "frozen, BatchNorm in train mode"
     print(f"{'stage':<8} {'parameters':>12}")
     for name, stage in freeze.stages(model).items():
         count = sum(parameter.numel() for parameter in stage.parameters())
-        says = f"learns at {rates[name]:g}" if name in rates else frozen
+        rate = run.settings.rates.get(name)
+        says = f"learns at {rate:g}" if rate else frozen
         print(f"{name:<8} {count:>12,}  {says}")
     no_cuda = ""
     if run.args.device == "auto" and device.type != "cuda":
@@ -112,17 +109,16 @@ def print_setup(run: "Run", model: nn.Module, images: "Splits", device: torch.de
 
 def print_classes(images: Images) -> None:
     """Of which classes the images are, and how unequal these are."""
-    counts = torch.bincount(images.labels, minlength=len(images.classes))
+    classes, counts = images.classes, torch.bincount(images.labels, minlength=len(images.classes))
+    text = f"{len(classes)} classes: {', '.join(classes[:10])}"
+    if len(classes) > 10:
+        text += f" and {len(classes) - 10} more"
     small, large = counts.argmin(), counts.argmax()
-    named = ", ".join(images.classes[:10])
-    if len(images.classes) > 10:
-        named += f" and {len(images.classes) - 10} more"
-    text = f"{len(images.classes)} classes: {named}"
     if counts[small] < counts[large]:
-        text += f"; from {counts[small]:,} of {images.classes[small]} to {counts[large]:,} of "
-        text += images.classes[large]
-    for line in textwrap.wrap(text, 70):
-        print(f"         {line}")
+        text += f"; from {counts[small]:,} of {classes[small]} to {counts[large]:,} of "
+        text += classes[large]
+    indent = " " * 9
+    print(textwrap.fill(text, 79, initial_indent=indent, subsequent_indent=indent))
 
 
 def print_header(split: str) -> None:
@@ -133,45 +129,47 @@ def print_header(split: str) -> None:
 def print_epoch(row: dict, last: int) -> None:
     """A row of history.csv, under print_header's line; of many short epochs one in ten."""
     wipe_line()
-    epoch, split = row["epoch"], "val" if "val_loss" in row else "test"
-    short = last > MANY_EPOCHS and row["seconds"] < SHORT_SECONDS
+    epoch, seconds = row["epoch"], row["seconds"]
+    short = last > MANY_EPOCHS and seconds < SHORT_SECONDS
     if short and epoch not in (1, last) and epoch % 10:
         return
-    usual = {f"{split}_loss", f"{split}_accuracy"}
-    others = [name for name in row if name.startswith(f"{split}_") and name not in usual]
-    more = "".join(f"  {name.removeprefix(f'{split}_')} {row[name]:.4g}" for name in others)
+    found = figures(row)
+    more = "".join(f"  {name} {value:.4g}" for name, value in found.items() if name not in USUAL)
     print(
         f"{epoch:4}/{last:<4} {row['train_loss']:11.4f} {row['train_accuracy']:9.2%} "
-        f"{row[f'{split}_loss']:11.4f} {row[f'{split}_accuracy']:9.2%} {row['seconds']:9.1f}{more}",
+        f"{found['loss']:11.4f} {found['accuracy']:9.2%} {seconds:9.1f}{more}",
         flush=True,
     )
 
 
+def figures(row: dict) -> dict[str, float]:
+    """Of a row of history.csv or summary.csv what is said of the pictures that strategies are
+    chosen on, without val_ or test_."""
+    split = "val_" if "val_accuracy" in row else "test_"
+    names = [name for name in row if name.startswith(split)]
+    return {name.removeprefix(split): row[name] for name in names}
+
+
 def print_time_left(seconds: float) -> None:
     """After a run's first epoch: how long the others will take, and what is quicker."""
-    if seconds < 60:
-        return
-    duration = f"{seconds / 60:.0f} minutes"
-    if seconds >= 2 * 3600:
-        duration = f"{seconds / 3600:.0f} hours"
-    print(f"         about {duration} to go")
     if seconds >= 3600:
+        print(f"         about {seconds / 3600:.1f} hours to go")
         print("         quicker: a GPU, --train-size 5000, or --image-size 112")
+    elif seconds >= 60:
+        print(f"         about {seconds / 60:.0f} minutes to go")
 
 
 def print_row(row: dict, header: bool) -> None:
-    """A row of summary.csv, for evaluate.py and compare.py. Where strategies are chosen on
-    validation pictures, theirs are the figures."""
-    split = "val" if "val_accuracy" in row else "test"
-    usual = ("loss", "accuracy", "correct", "images", "share", "seed", "data")
-    names = [name for name in row if name.startswith(f"{split}_")]
-    more = [name for name in names if name.removeprefix(f"{split}_") not in usual]
+    """A row of summary.csv, for evaluate.py and compare.py."""
+    found = figures(row)
+    more = {name: value for name, value in found.items() if name not in USUAL}
     if header:
-        others = "".join(f"{name.removeprefix(f'{split}_'):>10}" for name in more)
+        split = "val" if "val_accuracy" in row else "test"
+        others = "".join(f"{name:>10}" for name in more)
         print(f"train loss {split + ' loss':>10}   accuracy  images  epochs{others}  run")
-    others = "".join(f"{row[name]:10.4g}" for name in more)
+    others = "".join(f"{value:10.4g}" for value in more.values())
     print(
-        f"{row['train_loss']:10.4f} {row[f'{split}_loss']:10.4f} {row[f'{split}_accuracy']:10.2%} "
-        f"{row['test_images']:7,} {row['epochs']:7}{others}  {row['run']}",
+        f"{row['train_loss']:10.4f} {found['loss']:10.4f} {found['accuracy']:10.2%} "
+        f"{found['images']:7,} {row['epochs']:7}{others}  {row['run']}",
         flush=True,
     )

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, complaint
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 import plot
@@ -39,24 +37,25 @@ class Study:
     def __init__(self, folder: Path):
         self.folder, self.summary = folder, []
 
-    def add(self, strategy: str, *lengths: int, size: int = 1000, seed: int = 0, **other) -> None:
+    def add(self, strategy: str, *lengths: int, size=1000, seed=0, split="test", **other) -> None:
         """One run, with a row of the summary for each of its lengths."""
         settings = {"dataset": "cifar10", "model": "resnet18", "weights": "imagenet"}
         settings |= {"precision": "bf16", "image_size": 224, "batch_size": 128}
         settings |= {"learning_rates": RATES[strategy], "frozen_batchnorm": "eval"}
         settings |= other
-        name = "-".join([strategy, str(seed), str(size), *map(str, other.values())])
+        name = "-".join([strategy, str(seed), str(size), split, *map(str, other.values())])
         history = []
         for epoch in range(1, max(lengths) + 1):
             row = {"epoch": epoch, "train_loss": 1 / epoch, "train_accuracy": 0.9}
-            row |= {"test_loss": 2 / epoch, "test_accuracy": accuracy(strategy, epoch, seed, size)}
+            right = accuracy(strategy, epoch, seed, size)
+            row |= {f"{split}_loss": 2 / epoch, f"{split}_accuracy": right}
             row |= {f"{stage}_drift": 0.01 * epoch for stage in strategy.split("+")[1:]}
             history.append(row)
         write(self.folder / name / "history.csv", history)
         for epochs in lengths:
             row = {"run": name, "epochs": epochs, "strategy": strategy, "seed": seed} | settings
             row |= {"train_images": size, "test_images": 400, "seconds": 1.5}
-            row["test_accuracy"] = history[epochs - 1]["test_accuracy"]
+            row["test_accuracy"] = history[epochs - 1][f"{split}_accuracy"]
             self.summary.append(row)
         write(self.folder / "summary.csv", self.summary)
 
@@ -84,6 +83,8 @@ def labelled(axis) -> dict:
     return {label: line for label, line in lines.items() if not label.startswith("_")}
 
 
+OTHER_KINDS = {"dataset": "mine", "weights": "other", "precision": "fp32", "model": "resnet50"}
+OTHER_KINDS |= {"split": "val"}
 VARIANTS = ["fc+layer4 (layer4=0.01)", "fc+layer4, usual mistake"]
 
 
@@ -91,11 +92,11 @@ def test_the_learning_curves_are_the_seeds_mean_and_spread(study):
     figure = plot.curves(largest(study.folder), "a title")
     axis = figure.axes[3]
     lines = labelled(axis)
-    seeds = [f"{name} (2 seeds)" for name in plot.STYLES]
+    seeds = [f"{name} (2 seeds)" for name in plot.STRATEGIES]
     assert list(lines) == [*seeds, *(f"{name} (1 seed)" for name in VARIANTS)]
     assert axis.get_ylabel() == "test accuracy" and axis.get_xlabel() == "epoch"
     assert figure.axes[0].get_ylabel() == "train loss (nats)"
-    for line, band, strategy in zip(lines.values(), axis.collections, plot.STYLES):
+    for line, band, strategy in zip(lines.values(), axis.collections, plot.STRATEGIES):
         zero = [accuracy(strategy, epoch, 0, 1000) for epoch in (1, 2, 3, 4)]
         one = [accuracy(strategy, epoch, 1, 1000) for epoch in (1, 2, 3, 4)]
         np.testing.assert_allclose(line.get_ydata(), np.mean([zero, one], axis=0))
@@ -108,7 +109,7 @@ def test_the_learning_curves_are_the_seeds_mean_and_spread(study):
 def test_the_table_has_every_seed_and_the_test_set_s_error(study):
     axis = plot.table(largest(study.folder), "a title").axes[0]
     names = [label.get_text() for label in axis.get_yticklabels()]
-    lengths = [f"{name}, {epochs} epochs" for name in plot.STYLES for epochs in (2, 4)]
+    lengths = [f"{name}, {epochs} epochs" for name in plot.STRATEGIES for epochs in (2, 4)]
     assert names == [*lengths, *(f"{name}, 2 epochs" for name in VARIANTS)]
     means = [container.lines[0].get_xdata()[0] for container in axis.containers]
     assert means[3] == pytest.approx(accuracy("fc+layer4", 4, 0.5, 1000))
@@ -120,7 +121,7 @@ def test_a_sweep_takes_runs_of_one_length_and_all_else_equal(study):
     study.add("fc+layer4", 2, size=50, image_size=64)
     axis = pictures.sweep(plot.read(study.folder), "train_images", "training images").axes[0]
     labels = [container.get_label() for container in axis.containers]
-    assert labels == [f"{name}, 2 epochs" for name in (*plot.STYLES, *VARIANTS)]
+    assert labels == [f"{name}, 2 epochs" for name in (*plot.STRATEGIES, *VARIANTS)]
     x, y = axis.containers[1].lines[0].get_data()
     expected = [accuracy("fc+layer4", 2, 0.5, size) for size in (100, 1000)]
     assert list(x) == [100, 1000] and y == pytest.approx(expected)
@@ -139,105 +140,66 @@ def test_the_drift_has_a_line_for_each_stage_and_rate(study):
     assert [len(line.get_xdata()) for line in lines.values()] == [4, 4, 4, 2, 2]
 
 
-@pytest.mark.parametrize(
-    "setting, value",
-    [("dataset", "pictures"), ("weights", "mine"), ("precision", "fp32"), ("model", "resnet50")],
-)
-def test_runs_of_two_kinds_are_never_one_line(tmp_path, capsys, setting, value):
+def test_runs_of_two_kinds_or_sizes_are_never_one_line(tmp_path, capsys):
     study = Study(tmp_path)
-    study.add("fc", 2)
-    study.add("fc", 2, **{setting: value})
+    study.add("fc", 1)
+    for setting, value in OTHER_KINDS.items():
+        study.add("fc", 1, **{setting: value})
+    for setting, value in {"image_size": 64, "batch_size": 32}.items():
+        study.add("fc", 1, **{setting: value})
     plot.main([str(tmp_path)])
-    drawn = {Path(line).name for line in capsys.readouterr().out.splitlines()}
-    first = str(study.summary[0][setting])
-    assert {f"{first}-curves.png", f"{value}-curves.png"} <= drawn
+    printed = capsys.readouterr().out
+    assert "not drawn: 2 runs on fewer or smaller images" in printed
+    for value in OTHER_KINDS.values():
+        assert re.search(f"{value}-.*curves.png", printed)
+    groups = plot.by(plot.read(tmp_path), *plot.KIND, *plot.SIZES)
+    assert [len(group) for group in groups.values()] == [1] * 8
 
 
-@pytest.mark.parametrize("setting, value", [("image_size", 64), ("batch_size", 32)])
-def test_runs_of_two_sizes_are_never_one_line(tmp_path, capsys, setting, value):
-    study = Study(tmp_path)
-    study.add("fc", 2)
-    study.add("fc", 2, **{setting: value})
-    plot.main([str(tmp_path)])
-    assert "not drawn: 1 runs on fewer or smaller images" in capsys.readouterr().out
-    groups = plot.by(plot.read(tmp_path), *plot.SIZES)
-    assert [len(group) for group in groups.values()] == [1, 1]
-
-
-def test_every_picture_that_there_is_something_for(study, capsys):
+def test_every_picture_that_there_is_something_for(study):
+    """Whatever a notebook has left in the environment."""
     folder = study.folder
     mistake = {"file": "01.png", "true": "cat", "said": "dog", "probability": 0.99}
     write(folder / "one/epoch2.mistakes/mistakes.csv", [mistake])
     Image.new("RGB", (32, 32), "red").save(folder / "one/epoch2.mistakes/01.png")
-    confusion = "true class,cat,dog\ncat,3,1\ndog,0,4\n"
-    (folder / "one/epoch2.confusion.csv").write_text(confusion)
-    plot.main([str(folder)])
+    (folder / "one/epoch2.confusion.csv").write_text("true class,cat,dog\ncat,3,1\ndog,0,4\n")
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    words = [sys.executable, str(ROOT / "plot.py"), str(folder)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
     names = ["curves.png", "table.png"]
     names += ["one/epoch2.confusion.png", "one/epoch2.mistakes/mistakes.png"]
-    files = [folder / name for name in names]
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
-    assert lines == list(map(str, files))
-    for file in files:
+    lines = [line for line in done.stdout.splitlines() if line.endswith(".png")]
+    assert lines == [str(folder / name) for name in names]
+    for line in lines:
+        file = Path(line)
         assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 2000
     assert not [*folder.rglob(".*")]
 
 
-def no_summary(folder: Path) -> None:
-    (folder / "summary.csv").unlink()
-
-
-def a_foreign_summary(folder: Path) -> None:
-    (folder / "summary.csv").write_text("hello\nworld\n")
-
-
-def a_foreign_history(folder: Path) -> None:
-    next(folder.glob("*/history.csv")).write_text("epoch,train_loss\n1,x\n")
-
-
-def an_empty_history(folder: Path) -> None:
-    next(folder.glob("*/history.csv")).write_text("")
-
-
-def no_history(folder: Path) -> None:
-    next(folder.glob("*/history.csv")).unlink()
-
-
-def a_history_without_losses(folder: Path) -> None:
-    for file in folder.glob("*/history.csv"):
-        file.write_text("epoch\n" + "\n".join(map(str, range(1, 5))))
-
-
-def a_foreign_confusion(folder: Path) -> None:
-    write(folder / "x/epoch2.confusion.csv", [{"true class": "cat", "dog": 2}])
-
-
-def mistakes_without_pictures(folder: Path) -> None:
-    rows = [{"file": "01.png", "true": "a", "said": "b", "probability": 1}]
-    write(folder / "x/epoch2.mistakes/mistakes.csv", rows)
-
-
-def a_folder_in_the_way(folder: Path) -> None:
-    (folder / "curves.png").mkdir()
-
-
 @pytest.mark.parametrize(
-    "damage, expected",
+    "file, text, expected",
     [
-        (no_summary, "no .*/summary.csv: python compare.py"),
-        (a_foreign_summary, "summary.csv is not what .* write"),
-        (a_foreign_history, "history.csv or .*summary.csv is not what"),
-        (an_empty_history, "history.csv or .*summary.csv is not what"),
-        (no_history, "cannot read .*/history.csv .No such file"),
-        (a_history_without_losses, "holds nothing to draw curves.png from .*train_loss"),
-        (a_foreign_confusion, "x/epoch2.confusion.csv holds nothing to draw"),
-        (mistakes_without_pictures, "mistakes.csv holds nothing to draw"),
-        (a_folder_in_the_way, "cannot write .*curves.png"),
+        ("summary.csv", None, "summary.csv is not what .*No such file.*compare.py .* --csv "),
+        ("summary.csv", "hello\nworld\n", "summary.csv is not what .* write .KeyError"),
+        ("fc-*/history.csv", "epoch,train_loss\n1,x\n", "history.csv is not what .* write"),
+        ("fc-*/history.csv", "", "history.csv is not what .* write"),
+        ("fc-*/history.csv", None, "history.csv is not what .*No such file"),
+        ("*/history.csv", "epoch\n1\n2\n3\n4\n", "cannot draw .*curves.png .*train_loss"),
+        ("x/a.confusion.csv", "true class,dog\ncat,2\n", "cannot draw .*x/a.confusion.png"),
+        ("x/a.mistakes/mistakes.csv", "file\n01.png\n", "cannot draw .*mistakes.png .*No such"),
+        ("curves.png/in the way", "", "cannot draw .*curves.png .*Is a directory"),
     ],
 )
-def test_what_cannot_be_drawn_is_named_in_one_line(study, capsys, damage, expected):
-    damage(study.folder)
+def test_what_cannot_be_drawn_is_named_in_one_line(study, capsys, file, text, expected):
+    for path in list(study.folder.glob(file)) or [study.folder / file]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        if text is not None:
+            path.write_text(text)
     line = complaint(plot.main, [study.folder], capsys)
     assert re.search(expected, line), line
+    assert not [*study.folder.rglob(".*")]
 
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "study/results").glob("*/summary.csv")))
@@ -249,52 +211,22 @@ def test_the_study_s_figures_are_those_of_its_histories(folder):
     plot.curves(runs[:1], "a title")
 
 
-def test_it_draws_to_files_whatever_a_notebook_has_left_in_the_environment(study):
-    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    words = [sys.executable, str(ROOT / "plot.py"), str(study.folder)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert (study.folder / "curves.png").exists()
-
-
-def font(file: Path, letter: str) -> None:
-    """A font with one letter, a square."""
-    builder = FontBuilder(1000, isTTF=True)
-    pen = TTGlyphPen(None)
-    pen.moveTo((0, 0))
-    for point in ((500, 0), (500, 500), (0, 500)):
-        pen.lineTo(point)
-    pen.closePath()
-    builder.setupGlyphOrder([".notdef", "letter"])
-    builder.setupCharacterMap({ord(letter): "letter"})
-    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "letter": pen.glyph()})
-    builder.setupHorizontalMetrics({".notdef": (500, 0), "letter": (600, 0)})
-    builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": "One Letter", "styleName": "Regular"})
-    builder.setupOS2()
-    builder.setupPost()
-    builder.save(file)
-
-
 def test_letters_of_all_languages_are_drawn_with_a_font_that_has_them(
     tmp_path, capsys, monkeypatch, recwarn
 ):
-    cat, dog = "\u732b", "\u72ac"
-    font(tmp_path / "one.ttf", cat)
-    fonts = [str(tmp_path / "one.ttf"), str(tmp_path / "none.ttf")]
-    monkeypatch.setattr(plot.font_manager, "findSystemFonts", lambda: fonts)
+    one, dog = "\u1d81", "\u72ac"  # STIXGeneral has the first one, DejaVu Sans neither
     (tmp_path / "none.ttf").write_bytes(b"no font")
+    stix = plot.font_manager.findfont("STIXGeneral")
+    fonts = [str(tmp_path / "none.ttf"), stix]
+    monkeypatch.setattr(plot.font_manager, "findSystemFonts", lambda: fonts)
     with plot.matplotlib.rc_context():
-        plot.find_fonts(["caf\u00e9", cat])
+        plot.find_fonts(["caf\u00e9", one])
         assert capsys.readouterr().out == ""
-        assert plot.matplotlib.rcParams["font.family"] == ["DejaVu Sans", "One Letter"]
+        assert plot.matplotlib.rcParams["font.family"] == ["DejaVu Sans", "STIXGeneral"]
+        plot.find_fonts([one, dog])
+        assert capsys.readouterr().out.startswith(f"no font here has {dog}: ")
         figure = plot.pyplot.figure()
-        figure.text(0.5, 0.5, cat)
+        figure.text(0.5, 0.5, one + dog)
         figure.savefig(tmp_path / "a.png")
-        plot.find_fonts([cat, dog])
-        (line,) = capsys.readouterr().out.splitlines()
-        assert line.startswith(f"no font here has {dog}: ")
-        figure.text(0.5, 0.7, dog)
-        figure.savefig(tmp_path / "b.png")
     plot.pyplot.close("all")
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from plumbing import verdict as words
-from plumbing.verdict import comparable, mcnemar, over_seeds, paired, spreads, student, verdict
+from plumbing.verdict import difference, mcnemar, spreads, student, verdict, wander
 
 PARAMETERS = {"fc": 5, "fc+layer4": 400, "fc+layer3+layer4": 900}
 IMAGES = 1000
@@ -21,30 +21,25 @@ def right(count: int, start: int = 0) -> torch.Tensor:
 
 
 def run(strategy: str, correct: torch.Tensor, seed=0, epochs=10, rates="", **other):
-    """A row of summary.csv and its checkpoint."""
+    """A row of summary.csv and its checkpoint, of a run that does not wander."""
     row = {"strategy": strategy, "learning_rates": rates, "seed": seed, "epochs": epochs}
     row |= {"trainable_parameters": PARAMETERS[strategy], "device": "a card", "dataset": "cats"}
     row |= {"train_images": 2000, "test_images": IMAGES, "seconds": PARAMETERS[strategy] / 10}
-    row |= {"image_size": 224, "batch_size": 128, "weights": "imagenet", "tag": "", "code": "a"}
-    row["run"] = f"{strategy}-s{seed}"
-    row["test_accuracy"] = correct.double().mean().item()
-    settings = {"strategy": strategy, "seed": seed, "image_size": 224, "test_data": "a"}
-    settings |= {
-        "classes": ("a", "b", "c"),
-        "learning_rates": rates,
-        "initial_network": str(seed),
-        "train_data": str(seed),
-    }
-    history = [{"test_accuracy": row["test_accuracy"]}] * epochs  # it does not wander
-    saved = {"settings": settings | other, "test_correct": correct, "history": history}
-    return row | other, saved
+    row |= {"image_size": 224, "batch_size": 128, "weights": "imagenet", "model": "resnet18"}
+    row |= {"tag": "", "code": "a", "run": f"cats-{strategy}-s{seed}"}
+    row |= {"test_accuracy": correct.double().mean().item()} | other
+    settings = {name: row[name] for name in ("strategy", "seed", "image_size", "model")}
+    settings |= {"classes": ("a", "b", "c"), "learning_rates": rates, "test_data": "a"}
+    settings |= {"initial_network": str(seed), "train_data": str(seed)}
+    settings |= {name: other[name] for name in other if name not in ("run", "device")}
+    history = [{"test_accuracy": row["test_accuracy"]}] * epochs
+    return row, {"settings": settings, "test_correct": correct, "history": history}
 
 
 def said(*runs: tuple[dict, dict]) -> str:
-    rows, checkpoints = zip(*runs)
-    lines = list(verdict(rows, checkpoints))
-    assert all(len(line) <= 80 for text in lines for line in text.split("\n"))
-    return " ".join(" ".join(lines).split())
+    text, left_out = verdict(runs)
+    assert all(len(line) <= 80 for line in (text + left_out).splitlines())
+    return " ".join(f"{text} {left_out}".split())
 
 
 FC, LAYER4 = run("fc", right(800)), run("fc+layer4", right(900))
@@ -52,8 +47,8 @@ FC, LAYER4 = run("fc", right(800)), run("fc+layer4", right(900))
 
 def test_a_clear_difference():
     assert said(FC, LAYER4) == (
-        "verdict 10 epochs on 2,000 pictures of cats, compared on 1,000 others (224 pixels, "
-        "batches of 128, weights imagenet); seed 0 "
+        "verdict 10 epochs on 2,000 pictures of cats, compared on 1,000 test pictures "
+        "(resnet18, 224 pixels, batches of 128, weights imagenet); seed 0 "
         "fc+layer4 over fc: +10.00 ± 0.95 points, more than chance (p < 0.001); 40 s instead of 0 "
         "so: fc+layer4, 90.00% right; by guessing 33.33% these are single runs, "
         "and p counts how far they wander from epoch to epoch: "
@@ -62,72 +57,29 @@ def test_a_clear_difference():
     )
 
 
-def test_a_difference_within_its_error_names_the_cheaper_one():
-    text = said(run("fc+layer3+layer4", right(905, 2)), LAYER4, FC)
+def test_each_is_compared_with_the_best_before_it_and_a_doubtful_one_is_not_taken():
+    one = run("fc", right(900)), run("fc+layer4", right(800))
+    text = said(*one, run("fc+layer3+layer4", right(950)))
+    assert "fc+layer4 over fc: -10.00 ± 0.95 points, more than chance" in text
+    assert "fc+layer3+layer4 over fc: +5.00" in text and "so: fc+layer3+layer4, 95.00%" in text
+    assert "not clearly better" not in text
+    text = said(run("fc+layer3+layer4", right(905, 2)), LAYER4, FC)  # the simplest comes first
+    assert "fc+layer4 over fc: +10.00" in text
     assert "fc+layer3+layer4 over fc+layer4: +0.50 ± 0.30 points, which may be chance" in text
     assert "so: fc+layer4, 90.00% right" in text
     assert "fc+layer3+layer4: not clearly better here" in text
 
 
-@pytest.mark.parametrize(
-    "t, freedom, chance",
-    [
-        *((12.706, 1, 0.05), (4.303, 2, 0.05), (3.182, 3, 0.05), (2.776, 4, 0.05)),
-        *((2.228, 10, 0.05), (63.657, 1, 0.01), (4.604, 4, 0.01), (1.96, 10_000, 0.05)),
-        *((0, 7, 1.0), (-2.571, 5, 0.05)),
-    ],
-)
-def test_student_s_distribution_is_that_of_the_tables(t, freedom, chance):
-    assert student(t, freedom) == pytest.approx(chance, abs=5e-5)
-
-
-@pytest.mark.parametrize("wander, discordant", [(0.003, 0.05), (0.003, 0.08), (0.0021, 0.05)])
-@pytest.mark.parametrize("epochs", [10, 50])
-def test_two_equally_good_strategies_are_seldom_called_different(wander, discordant, epochs):
-    """Runs of 11,000 test pictures whose accuracy wanders by 0.3 points, from seed to seed as from
-    epoch to epoch. By the choice of pictures alone a quarter of them would differ."""
-    random, trials, wrong, wrong_alone = np.random.default_rng(0), 500, 0, 0
-    for _ in range(trials):
-        means = random.normal(0.92, wander, 2)
-        halves = discordant / 2 + (means[0] - means[1]) / 2 * np.array([1, -1])
-        only, only_other = random.binomial(11_000, halves.clip(0))
-        correct = torch.zeros(2, 11_000, dtype=torch.bool)
-        correct[0, :only] = correct[1, only : only + only_other] = True
-        both = []
-        for mean in means:
-            accuracies = random.normal(mean, wander, epochs)
-            both.append(words.wander([{"test_accuracy": value} for value in accuracies]))
-        wrong += over_seeds([correct[0]], [correct[1]], both)[2] < words.CLEAR
-        wrong_alone += over_seeds([correct[0]], [correct[1]])[2] < words.CLEAR
-    assert wrong <= 0.07 * trials < 0.2 * trials < wrong_alone
-
-
 def test_runs_too_short_to_wander_are_called_that():
     text = said(run("fc", right(800), epochs=5), run("fc+layer4", right(900), epochs=5))
-    assert "too short to see how far they wander, and p counts the choice of test pictures" in text
+    assert "p counts the choice of pictures alone, as they are too short" in text
 
 
-def test_seeds_have_a_mean_and_a_spread():
-    runs = []
-    for seed, count in enumerate((890, 900, 910)):
-        one = run("fc+layer4", right(count), seed=seed)
-        one[0]["run"] = f"cats-fc+layer4-bf16-s{seed}-n5"
-        runs.append(one)
-    alone = run("fc", right(800))
-    alone[0]["run"] = "cats-fc-bf16-s0-n5"
-    rows, checkpoints = zip(*runs, alone)
-    (line,) = spreads(rows, checkpoints)
-    expected = "90.00% ± 1.00 points, seeds 0 1 2, 10 epochs, cats-fc+layer4-bf16-n5"
-    assert line.strip() == expected
+def test_seconds_of_different_devices_are_not_compared():
+    assert "instead of" not in said(FC, run("fc+layer4", right(900), device="another"))
 
 
-def test_each_is_compared_with_the_best_before_it():
-    text = said(
-        run("fc", right(900)), run("fc+layer4", right(800)), run("fc+layer3+layer4", right(950))
-    )
-    assert "fc+layer4 over fc: -10.00 ± 0.95 points, more than chance" in text
-    assert "fc+layer3+layer4 over fc: +5.00" in text and "so: fc+layer3+layer4, 95.00%" in text
-    assert "not clearly better" not in text
+# ---------------------------------------------------------------- what is compared
 
 
 def test_the_longest_length_and_the_seeds_that_all_have():
@@ -137,76 +89,113 @@ def test_the_longest_length_and_the_seeds_that_all_have():
             runs += [run(name, right(800), seed, 10), run(name, right(800), seed, 50)]
     text = said(*runs, run("fc", right(1), 3, 50), run("fc", right(1), 0, 99))
     assert "verdict 50 epochs" in text and "seed 0, 1, 2" in text and "single" not in text
+    assert "left out: cats-fc-s3 1 of 7 runs: " in text
     partly = [one for one in runs if one[0]["epochs"] == 10 or one[0]["strategy"] == "fc"]
     assert "verdict 10 epochs" in said(*partly)
 
 
-def test_a_stray_run_is_left_out_and_named():
-    stray = run("fc+layer3+layer4", right(1000), epochs=1)
-    text = said(FC, LAYER4, stray)
-    assert "verdict 10 epochs" in text and "so: fc+layer4, 90.00%" in text
-    assert text.endswith("left out: fc+layer3+layer4, without 10 epochs of seed 0")
-
-
-@pytest.mark.parametrize("setting", ["train_data", "initial_network"])
-def test_one_seed_on_other_data_or_weights_is_another_run(setting):
-    row, saved = run("fc+layer4", right(900))
-    saved["settings"][setting] = "another"
-    assert said(FC, (row, saved)) == ""
-
-
 def test_the_same_stages_at_other_rates_are_another_strategy():
-    text = said(
-        run("fc+layer4", right(800), rates="fc=1"), run("fc+layer4", right(900), rates="fc=2")
-    )
-    assert "fc+layer4 at fc=2 over fc+layer4 at fc=1: +10.00" in text
+    rates = "fc=0.001 layer4=0.0001", "fc=0.001 layer4=0.01"
+    one, other = (run("fc+layer4", right(800), rates=asked) for asked in rates)
+    assert "fc+layer4 layer4=0.01 over fc+layer4: +0.00" in said(one, other)
 
 
-@pytest.mark.parametrize("other", [{"image_size": 112}, {"test_data": "b"}])
-def test_what_differs_in_more_is_not_compared(other):
-    assert said(FC, run("fc+layer4", right(900), **other)) == ""
+@pytest.mark.parametrize(
+    "reason, other",
+    [
+        ("model", {"model": "resnet34"}),
+        ("image size", {"image_size": 112}),
+        ("test data", {"test_data": "b"}),
+        ("length", {"epochs": 50}),
+        ("seed", {"seed": 1}),
+        ("seed", {"train_data": "b"}),
+        ("seed", {"initial_network": "b"}),
+    ],
+)
+def test_a_run_that_cannot_be_compared_is_named_with_the_reason(reason, other):
+    stray = run("fc+layer3+layer4", right(950), **other)
+    text = said(FC, stray)
+    assert "points" not in text and "2 of 2 runs: every other strategy is of other" in text
+    assert reason in text.split("is of other ")[1].split(" or ")
 
 
-def test_no_verdict_without_two_strategies_or_a_length_in_common():
+def test_a_stray_run_and_one_of_other_code_do_not_keep_the_others_from_being_compared():
+    stray = run("fc+layer3+layer4", right(950), epochs=50)
+    edited = run("fc", right(950), seed=1, code="b")
+    text = said(edited, FC, LAYER4, run("fc", right(800), seed=2), stray)
+    assert "seed 0 fc+layer4 over fc: +10.00" in text and "so: fc+layer4, 90.00%" in text
+    left_out = "left out: cats-fc-s1, cats-fc-s2, cats-fc+layer3+layer4-s0 3 of 5 runs: "
+    assert f"{left_out}every other strategy is of other code or length or seed" in text
+
+
+def test_one_run_alone_is_no_reason_for_words():
     assert said(FC) == said(FC, run("fc", right(800), epochs=50)) == ""
-    assert said(FC, run("fc+layer4", right(900), epochs=50)) == ""
-    assert said(FC, run("fc+layer4", right(900), seed=1)) == ""
 
 
-def test_seconds_of_different_devices_are_not_compared():
-    assert "instead of" not in said(FC, run("fc+layer4", right(900), device="another"))
+# ---------------------------------------------------------------- statistics
 
 
-def test_a_paired_difference_and_its_error():
-    one = torch.tensor([True] * 9 + [False])
-    other = torch.tensor([True] * 5 + [False] * 4 + [True])
-    deviation = (one.double() - other.double()).std(correction=0).item()
-    expected = (pytest.approx(0.3), pytest.approx(deviation / 10**0.5), 4, 1)
-    assert paired(one, other) == expected
-    assert paired(one, one) == (0, 0, 0, 0)
+def test_student_s_distribution_is_that_of_the_tables():
+    table = {(12.706, 1): 0.05, (4.303, 2): 0.05, (3.182, 3): 0.05, (2.228, 10): 0.05, (0, 7): 1}
+    table |= {(63.657, 1): 0.01, (4.604, 4): 0.01, (1.96, 10_000): 0.05, (-2.571, 5): 0.05}
+    for (t, freedom), chance in table.items():
+        assert student(t, freedom) == pytest.approx(chance, abs=5e-5)
 
 
 def test_mcnemar_is_the_binomial_test():
     assert mcnemar(0, 0) == mcnemar(3, 3) == 1
     assert mcnemar(5, 0) == mcnemar(0, 5) == pytest.approx(2 / 32)
     assert mcnemar(1, 8) == pytest.approx(2 * (1 + 9) / 2**9)
-    expected = math.erfc(100 / 1900**0.5 / 2**0.5)  # for many images nearly normal
-    assert mcnemar(1000, 900) == pytest.approx(expected, rel=0.1)
+    ways = sum(math.comb(1900, number) for number in range(901))
+    assert mcnemar(1000, 900) == pytest.approx(2 * ways / 2**1900)
+
+
+@pytest.mark.parametrize(
+    "wandering, discordant, epochs", [(0.003, 0.05, 10), (0.003, 0.08, 50), (0.0021, 0.05, 10)]
+)
+def test_two_equally_good_strategies_are_seldom_called_different(wandering, discordant, epochs):
+    """Runs of 11,000 test pictures whose accuracy wanders by 0.3 points, from seed to seed as from
+    epoch to epoch. By the choice of pictures alone a quarter of them would differ."""
+    random, trials, wrong, wrong_alone = np.random.default_rng(0), 500, 0, 0
+    for _ in range(trials):
+        means = random.normal(0.92, wandering, 2)
+        halves = discordant / 2 + (means[0] - means[1]) / 2 * np.array([1, -1])
+        only, only_other = random.binomial(11_000, halves.clip(0))
+        correct = torch.zeros(2, 1, 11_000, dtype=torch.bool)
+        correct[0, 0, :only] = correct[1, 0, only : only + only_other] = True
+        both = []
+        for mean in means:
+            accuracies = random.normal(mean, wandering, epochs)
+            both.append(wander([{"test_accuracy": value} for value in accuracies], "test"))
+        wrong += difference(*correct, both)[2] < words.CLEAR
+        wrong_alone += difference(*correct)[2] < words.CLEAR
+    assert wrong <= 0.07 * trials < 0.2 * trials < wrong_alone
+
+
+def test_of_single_runs_the_error_is_the_deviation_of_the_images():
+    one = torch.tensor([[True] * 9 + [False]])
+    other = torch.tensor([[True] * 5 + [False] * 4 + [True]])
+    deviation = (one.double() - other.double()).std(correction=0).item()
+    found = difference(one, other)
+    assert found == (pytest.approx(0.3), pytest.approx(deviation / 10**0.5), mcnemar(4, 1))
+    assert difference(one, one) == (0, 0, 1)
 
 
 def test_over_seeds_an_image_counts_by_how_often_it_is_right():
     torch.manual_seed(0)
     ours, theirs = torch.rand(3, 500) < 0.6, torch.rand(3, 500) < 0.5
     each = (ours.double() - theirs.double()).numpy()
-    difference, error, chance = over_seeds(list(ours), list(theirs))
-    assert difference == pytest.approx(each.mean())
+    more, error, chance = difference(ours, theirs)
+    assert more == pytest.approx(each.mean())
     of_images, of_seeds = each.mean(0).var() / 500, each.mean(1).var(ddof=1) / 3
     assert error == pytest.approx((of_images + of_seeds) ** 0.5)
-    assert chance == pytest.approx(math.erfc(difference / error / 2**0.5)) and chance < words.CLEAR
-    assert over_seeds(list(ours), list(ours)) == (0, 0, 1)
-    assert over_seeds([ours[0]], [theirs[0]])[2] == mcnemar(*paired(ours[0], theirs[0])[2:])
+    assert chance == pytest.approx(math.erfc(more / error / 2**0.5)) and chance < words.CLEAR
+    assert difference(ours, ours) == (0, 0, 1)
 
 
-def test_the_simplest_comes_first():
-    found, _ = comparable([run("fc+layer3+layer4", right(1)), run("fc", right(1)), LAYER4])
-    assert [candidate.name for candidate in found] == ["fc", "fc+layer4", "fc+layer3+layer4"]
+def test_seeds_have_a_mean_and_a_spread():
+    runs = [run("fc", right(800), run="cats-fc-bf16-s0-n5")]
+    for seed, count in enumerate((890, 900, 910)):
+        runs.append(run("fc+layer4", right(count), seed, run=f"cats-fc+layer4-s{seed}-n5"))
+    (line,) = spreads(runs)
+    assert line.strip() == "90.00% ± 1.00 points, seeds 0 1 2, 10 epochs, cats-fc+layer4-n5"
