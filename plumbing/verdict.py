@@ -160,7 +160,7 @@ def verdict(runs: Runs) -> tuple[str, str]:
     left_out = [name for name in names if name not in compared]
     if not left_out or len(names) == 1:
         return said, ""
-    why = f"every other strategy is of other {' or '.join(dict.fromkeys(reasons))}"
+    why = f"no other strategy has the same {', '.join(dict.fromkeys(reasons))}"
     count = f"{len(left_out)} of {len(names)} runs"
     return said, paragraph("", [f"left out: {', '.join(left_out)}", f"{count}: {why}"])
 

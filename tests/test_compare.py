@@ -108,4 +108,4 @@ def test_runs_on_other_test_images_are_not_compared(finished, lengths, tmp_path,
     assert len(rows(tmp_path / "summary.csv")) == 2
     compare.main(files)
     printed = capsys.readouterr().out
-    assert "points" not in printed and "2 of 2 runs: every other strategy is of other" in printed
+    assert "points" not in printed and "2 of 2 runs: no other strategy has the same" in printed

@@ -115,7 +115,7 @@ def test_the_same_stages_at_other_rates_are_another_strategy():
 def test_a_run_that_cannot_be_compared_is_named_with_the_reason(reason, other):
     stray = run("fc+layer3+layer4", right(950), **other)
     text = said(FC, stray)
-    assert "points" not in text and "2 of 2 runs: every other strategy is of other" in text
+    assert "points" not in text and "2 of 2 runs: no other strategy has the same" in text
     assert reason in text.split("is of other ")[1].split(" or ")
 
 
@@ -125,7 +125,7 @@ def test_a_stray_run_and_one_of_other_code_do_not_keep_the_others_from_being_com
     text = said(edited, FC, LAYER4, run("fc", right(800), seed=2), stray)
     assert "seed 0 fc+layer4 over fc: +10.00" in text and "so: fc+layer4, 90.00%" in text
     left_out = "left out: cats-fc-s1, cats-fc-s2, cats-fc+layer3+layer4-s0 3 of 5 runs: "
-    assert f"{left_out}every other strategy is of other code or length or seed" in text
+    assert f"{left_out}no other strategy has the same code, length, seed" in text
 
 
 def test_one_run_alone_is_no_reason_for_words():

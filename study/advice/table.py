@@ -1,53 +1,63 @@
-"""How many points each change of the recipe gave over the published one, from CSV files alone.
+"""How many points each change of the recipe gave over the published one.
 
-    python compare.py results/advice/*/epoch10.pt --csv results/advice/summary.csv \\
-        --paired results/advice/paired.csv
-    python -m study.advice.table results/advice
+    python -m study.advice.table results/advice/*/epoch10.pt --csv advice.csv
 
-The error of two single runs counts the choice of test pictures, and how far both runs wander over
-their last epochs (plumbing/verdict.py). Seconds are the median of the run's epochs.
+The error counts the choice of test pictures, and how far both runs wander over their last epochs
+(plumbing/verdict.py). Seconds are the median of a run's epochs, and what came before them.
 """
 
 import statistics
 from pathlib import Path
 
-import plot
-from plumbing.cli import Parser, command
-from plumbing.verdict import likelihood, over_epochs, wander
+from plumbing.checkpoint import read_checkpoint
+from plumbing.cli import Parser, command, output, paths
+from plumbing.files import write_rows
+from plumbing.verdict import difference, likelihood, wander
 
 
-def history(folder: Path, run: str) -> list[dict[str, float]]:
-    lines = plot.read_csv(folder / run / "history.csv")
-    return [{name: float(line[name] or "nan") for name in line} for line in lines]
+def key(checkpoint: dict) -> tuple[str, int, str]:
+    settings = checkpoint["settings"]
+    return settings["strategy"], settings["seed"], settings["tag"]
 
 
-def row(folder: Path, run: str, published: str, difference: float, of_images: float) -> str:
-    """One run against the published recipe. difference: of two accuracies; of_images: its standard
-    error by the choice of test pictures."""
-    one, other = history(folder, run), history(folder, published)
-    error, chance = over_epochs(difference, of_images**2, wander(one), wander(other))
-    epoch, usual = (statistics.median(line["seconds"] for line in lines) for lines in (one, other))
-    points = f"{100 * difference:+.2f} ± {100 * error:.2f}"
-    return f"{points} | {likelihood(chance)} | {epoch:.1f} s, {usual:.1f} s"
+def seconds(checkpoint: dict) -> tuple[float, float]:
+    """Of an epoch, the median; and before the first one."""
+    epochs = [row["seconds"] for row in checkpoint["history"]]
+    return statistics.median(epochs), checkpoint["seconds"] - sum(epochs)
+
+
+def compared(run: dict, published: dict) -> dict:
+    """A row of the table, of two checkpoints that differ in the tag and what it stands for."""
+    correct, usual = (saved["test_correct"][None] for saved in (run, published))
+    wanders = wander(run["history"], "test"), wander(published["history"], "test")
+    more, error, chance = difference(correct, usual, wanders)
+    row = {name: run["settings"][name] for name in ("strategy", "tag", "seed")}
+    row |= {"accuracy": run["history"][-1]["test_accuracy"]}
+    row |= {"points": 100 * more, "error": 100 * error, "chance": chance}
+    row["epoch_seconds"], row["start_seconds"] = seconds(run)
+    row["published_epoch_seconds"], row["published_start_seconds"] = seconds(published)
+    return row
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args(argv).folder
-    runs = {line["run"]: line for line in plot.read_csv(folder / "summary.csv")}
-    print("| learns | change | seed | points over the published recipe | | an epoch, and its |")
-    print("|---|---|---|---|---|---|")
-    for pair in plot.read_csv(folder / "paired.csv"):
-        difference, of_images = float(pair["difference"]), float(pair["standard_error"])
-        both = (pair["run"], pair["other"], difference), (pair["other"], pair["run"], -difference)
-        for name, published, gained in both:
-            run, base = runs[name], runs[published]
-            same = run["strategy"] == base["strategy"] and run["seed"] == base["seed"]
-            if run["tag"] and not base["tag"] and same:
-                print(f"| {run['strategy']} | {run['tag']} | {run['seed']} |", end=" ")
-                print(row(folder, name, published, gained, of_images), "|")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+    parser.add_argument("--csv", type=output, default=Path("advice.csv"), metavar="FILE")
+    args = parser.parse_args(argv)
+    runs = [(key(saved), saved) for saved in map(read_checkpoint, paths(args.checkpoints))]
+    published = {(strategy, seed): saved for (strategy, seed, tag), saved in runs if not tag}
+    rows = []
+    for (strategy, seed, tag), saved in runs:
+        if tag:
+            rows.append(compared(saved, published[strategy, seed]))
+    print("| learns | change | seed | points over the published recipe | |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        points = f"{row['points']:+.2f} ± {row['error']:.2f}"
+        print(f"| {row['strategy']} | {row['tag']} | {row['seed']} | {points} |", end=" ")
+        print(f"{likelihood(row['chance'])} |")
+    write_rows(args.csv, rows)
 
 
 if __name__ == "__main__":
-    command(main, when_stopped="nothing is written", when_full="use another machine")
+    command(main, when_stopped="nothing is written", when_full="compare fewer runs")
