@@ -116,7 +116,7 @@ def test_a_run_that_cannot_be_compared_is_named_with_the_reason(reason, other):
     stray = run("fc+layer3+layer4", right(950), **other)
     text = said(FC, stray)
     assert "points" not in text and "2 of 2 runs: no other strategy has the same" in text
-    assert reason in text.split("is of other ")[1].split(" or ")
+    assert reason in text.split("has the same ")[1].split(", ")
 
 
 def test_a_stray_run_and_one_of_other_code_do_not_keep_the_others_from_being_compared():
