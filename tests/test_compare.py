@@ -11,7 +11,7 @@ import data
 import evaluate
 import freeze
 from plumbing import datasets
-from plumbing.checkpoint import load_model
+from plumbing.weights import load_model
 
 NAMES = ["train", "loss", "test", "loss", "accuracy", "images", "epochs", "run"]
 
