@@ -78,7 +78,8 @@ class Copy:
         if command == "train.py":
             words = [*QUICK, *words]
         found, printed = self(command, *words)
-        assert found == status and "Traceback" not in printed, printed
+        assert found == status, printed
+        assert ("Traceback" in printed) == (status == 1), printed
         return printed
 
     def run(self, name: str = "*") -> Path:
