@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 
 from data import UserError
-from plumbing.checkpoint import read_checkpoint, summary_row
 from plumbing.cli import Parser, command, output, paths
 from plumbing.files import check_writable, write_csv, write_rows
 from plumbing.report import print_row
 from plumbing.verdict import Runs, difference, spreads, verdict
+from plumbing.weights import read_checkpoint, summary_row
 
 PAIRED = ("run", "epochs", "other", "other_epochs", "difference", "standard_error")
 PAIRED += ("only_run_right", "only_other_right", "test_images")

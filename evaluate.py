@@ -22,13 +22,13 @@ from PIL import Image
 
 from data import Images, UserError, read_picture
 from plumbing import datasets, machine
-from plumbing.checkpoint import Trained, load_model, read_checkpoint, summary_row
 from plumbing.cli import Parser, command, output, paths
 from plumbing.files import check_writable, write_csv, write_file, write_rows
 from plumbing.flags import folder
 from plumbing.pictures import find_pictures
 from plumbing.report import metrics, predict, prepared, print_row
 from plumbing.settings import ROOT, changed_names, in_words, recipe_code
+from plumbing.weights import Trained, load_model, read_checkpoint, summary_row
 
 MISTAKES = 12  # the most confident ones, which --per-class keeps as pictures
 

@@ -33,8 +33,7 @@ from plumbing.convolution import use_fast_convolutions
 from plumbing.graph import CudaGraphStep
 from plumbing.report import score_epoch
 from plumbing.run import Run
-from plumbing.schedule import Schedule, lengths_of_runs
-from plumbing.settings import Settings, settings_of
+from plumbing.settings import Schedule, Settings, lengths_of_runs, settings_of
 from plumbing.weights import pretrained
 
 # The recipe: what the published experiment is, and what people change. A flag changes a line of

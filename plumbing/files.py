@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, CSV files, locks that die with their process, hashes."""
+"""Files that appear whole or not at all, locks that die with their process, hashes."""
 
 import csv
 import hashlib
@@ -6,19 +6,22 @@ import io
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
 from data import UserError
 
+PLAIN = (torch.Tensor, str, int, float, type(None))  # what torch.load reads with weights_only=True
+
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """Yields a path beside `file` to write to; what was written gets the name `file` at the end,
-    and disappears if anything went wrong, so the file is there whole or not at all."""
+    """Yields a path beside `file` to write to. What was written there is renamed at the end, or
+    removed if anything went wrong."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
@@ -28,15 +31,15 @@ def whole_file(file: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
+def remove_leftovers(folder: Path) -> None:
     """Removes what whole_file's callers were writing here when they were killed. For who holds
-    the lock under which `name` is written."""
-    for part in folder.glob(f".{name}.*.part"):
+    the folder's lock."""
+    for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)
 
 
 def write_file(file: str | Path, content: bytes | memoryview) -> None:
-    """A file that appears whole or not at all. Raises UserError, on a full disk for one."""
+    """A whole file. Raises UserError, on a full disk for one."""
     try:
         with whole_file(Path(file)) as part:
             part.write_bytes(content)
@@ -46,7 +49,7 @@ def write_file(file: str | Path, content: bytes | memoryview) -> None:
 
 
 def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
-    """A CSV file that appears whole or not at all. Raises UserError."""
+    """A whole CSV file. Raises UserError."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(header)
@@ -60,8 +63,30 @@ def write_rows(path: str | Path, rows: list[dict]) -> None:
     write_csv(path, columns, [[row.get(name, "") for name in columns] for row in rows])
 
 
+def write_tensors(path: str | Path, content: dict) -> None:
+    """A file for torch.load with weights_only=True. Raises UserError, also for what that does not
+    read: after hours of training it would be too late."""
+    file = io.BytesIO()  # since torch's error of a full disk names no cause
+    torch.save(plain(content), file)
+    write_file(path, file.getbuffer())
+
+
+def plain(value: object) -> object:
+    """The same with Python's numbers for NumPy's. Raises UserError for what is not PLAIN."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {name: plain(inside) for name, inside in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if not isinstance(value, PLAIN):
+        kind = type(value).__name__
+        raise UserError(f"a checkpoint takes tensors and plain values alone, not a {kind}")
+    return value
+
+
 def check_writable(file: str | Path) -> None:
-    """Raises the UserError that write_file would: to be told before hours of work, not after."""
+    """Raises before hours of work the UserError that write_file would raise after them."""
     file = Path(file).absolute()
     try:
         tempfile.TemporaryFile(dir=nearest(file.parent)).close()
@@ -76,29 +101,20 @@ def nearest(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-@contextmanager
-def locked(out: Path, name: str, wait: bool = False) -> Iterator[None]:
-    """Keeps others away from `name` in the folder `out`, by a lock that dies with this process.
-    filelock leaves the lock's file behind, so that lies in out/.locks. wait: until it is free.
-    Raises UserError."""
-    file = out / ".locks" / f"{name}.lock"
+def locked(out: Path, name: str, wait: bool = False) -> AbstractContextManager:
+    """Keeps others away from `name` in the folder `out` until the end of a `with`, by a lock that
+    dies with this process. wait: until it is free. Raises UserError."""
+    file = out / ".locks" / f"{name}.lock"  # a folder of its own, since filelock leaves the file
     patience = -1 if wait else 0
-    lock = FileLock(file, timeout=patience)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
+        return FileLock(file, timeout=patience).acquire()
+    except Timeout as error:
         busy = f"another run is writing to {out / name}"
-        raise UserError(f"{busy}: wait for its end, or choose another --out") from None
-    except NotImplementedError as error:
-        raise UserError(f"cannot lock {file}: choose an --out on a local disk") from error
-    except OSError as error:
-        reason = f"cannot write to {out} ({error.strerror})"
-        raise UserError(f"{reason}: choose another --out, on a local disk") from error
-    try:
-        yield
-    finally:
-        lock.release()
+        raise UserError(f"{busy}: wait for its end, or choose another --out") from error
+    except (OSError, NotImplementedError) as error:
+        where = "choose another --out, on a local disk"
+        raise UserError(f"cannot lock {file} ({error}): {where}") from error
 
 
 def fingerprint(*tensors: torch.Tensor) -> str:

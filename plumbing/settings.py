@@ -1,16 +1,20 @@
-"""A run's settings, from which come its name, its row in a CSV file, and what is the same run."""
+"""A run's settings, from which come its name, its row in a CSV file, and what is the same run; two
+of them more closely: the rates over time, and the recipe's code."""
 
 import ast
 import hashlib
+import inspect
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 import freeze
+from data import UserError
 from plumbing import distributed
 from plumbing.files import fingerprint
 
@@ -18,13 +22,8 @@ if TYPE_CHECKING:  # it imports torchvision, which takes seconds
     from plumbing.datasets import Splits
 
 ROOT = Path(__file__).parent.parent
-# What stands for all pictures or weights, and not in a CSV file: there the names do.
-HASHES = {
-    "train_data": "training pictures",
-    "val_data": "validation pictures",
-    "test_data": "test pictures",
-    "initial_network": "initial weights",
-}
+# In a CSV file the names of the data set and of the weights stand for these.
+NO_COLUMNS = ("classes", "train_size", "train_data", "val_data", "test_data", "initial_network")
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,10 @@ class Settings:
         return {stage: float(rate) for stage, rate in parts}
 
     def row(self) -> dict:
-        """Its columns in a CSV file: all that tells runs apart; of the images, their number and
-        the data set's name stand for them, and of the code one hash."""
-        columns = asdict(self) | {"code": code_hash(self.code)}
-        for name in ("classes", "train_size", *HASHES):
-            del columns[name]
-        return columns
+        """Its columns in a CSV file: all that tells runs apart, and one hash for the code."""
+        code = "".join(f"{name} {digest}\n" for name, digest in sorted(self.code.items()))
+        columns = asdict(self) | {"code": hashlib.sha256(code.encode()).hexdigest()[:8]}
+        return {name: columns[name] for name in columns if name not in NO_COLUMNS}
 
 
 def settings_of(
@@ -108,12 +105,11 @@ def settings_of(
     """The settings of the run that train.py's flags ask for. rates: of the stages that learn, in
     the order they run; model: before any training; lengths: epochs asked for; schedule: train.py's;
     train_file: where that is."""
-    strategy, dataset = strategy_of(rates), args.dataset
-    if dataset == "folder":
-        dataset = args.data_dir.name
+    *backbone, head = rates
+    stages = [head, *backbone]
     return Settings(
-        dataset=dataset,
-        strategy=strategy,
+        dataset=args.data_dir.name if args.dataset == "folder" else args.dataset,
+        strategy="+".join(stages),
         tag=args.tag,
         model=args.model,
         weights=name_of_weights(args.weights),
@@ -121,7 +117,7 @@ def settings_of(
         val_share=args.val_share or 0.0,
         image_size=args.image_size,
         batch_size=args.batch_size,
-        learning_rates=rates_in_words({stage: rates[stage] for stage in strategy.split("+")}),
+        learning_rates=rates_in_words({stage: rates[stage] for stage in stages}),
         schedule_epochs=max(lengths) if schedule else 0,
         frozen_batchnorm=args.frozen_batchnorm,
         precision=precision,
@@ -138,18 +134,11 @@ def settings_of(
 
 
 def name_of_weights(weights: str) -> str:
-    """What to call them in a run's name: imagenet, none, the file's name without its ending, and
-    for a checkpoint of train.py the run's."""
+    """In a run's name: imagenet, none, the file's name, or of a checkpoint the run's and it."""
     path = Path(weights)
     if (path.parent / "history.csv").exists():
         return f"{path.parent.name}-{path.stem}"
     return path.stem
-
-
-def strategy_of(rates: dict[str, float]) -> str:
-    """fc+layer3+layer4: the head first, then the other stages that learn in the order they run."""
-    *backbone, head = rates
-    return "+".join([head, *backbone])
 
 
 def rates_in_words(rates: dict[str, float]) -> str:
@@ -157,17 +146,64 @@ def rates_in_words(rates: dict[str, float]) -> str:
     return " ".join(f"{name}={float(rate)!r}" for name, rate in rates.items())
 
 
-# ---------------------------------------------------------------- a run's code
+# ---------------------------------------------------------------- rates over time
+
+
+def lengths_of_runs(epochs: list[int], schedule: Callable | None) -> list[list[int]]:
+    """The lengths that were asked for, by run. With constant rates one run leaves them all; a
+    schedule is another one for each length, so each is a run of its own."""
+    lengths = sorted(set(epochs))
+    return [lengths] if schedule is None else [[length] for length in lengths]
+
+
+class Schedule:
+    """Learning rates over time. make: None for constant ones, or a function that gives a scheduler
+    of torch.optim.lr_scheduler: of (optimizer, epochs) for one that takes a step after each epoch,
+    of (optimizer, steps) for one that takes a step after each training step."""
+
+    def __init__(
+        self, make: Callable | None, optimizer: torch.optim.Optimizer, epochs: int, steps: int
+    ):
+        self.optimizer, self.scheduler, self.by_step = optimizer, None, False
+        if make is not None:
+            self.by_step = any("step" in name for name in inspect.signature(make).parameters)
+            self.scheduler = make(optimizer, steps if self.by_step else epochs)
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise UserError("SCHEDULE: ReduceLROnPlateau needs a metric, and is given none here")
+
+    def advance(self) -> None:
+        groups = self.optimizer.param_groups
+        self.used = {f"{group['name']}_lr": float(group["lr"]) for group in groups}
+        if self.scheduler:
+            self.scheduler.step()
+
+    def after_step(self) -> None:
+        if self.by_step:
+            self.advance()
+
+    def after_epoch(self) -> dict[str, float]:
+        """By stage, as stage_lr, the rates of the epoch's last step."""
+        if not self.by_step:
+            self.advance()
+        return self.used
+
+    def state_dict(self) -> dict:
+        return self.scheduler.state_dict() if self.scheduler else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.scheduler:
+            self.scheduler.load_state_dict(state)
+
+
+# ---------------------------------------------------------------- the recipe's code
 
 
 def recipe_code(train_file: str | Path) -> dict[str, str]:
-    """Of train.py, freeze.py, data.py and features.py, by file and top-level name, a hash of what
-    stands there: of the parsed source, without comments and docstrings, so that writing these
-    changes no run."""
+    """Of train.py, freeze.py, data.py and features.py, by file and top-level name, a hash of the
+    parsed source. Comments and docstrings are left out: to change them is to change no run."""
     found = {}
-    files = {"train": Path(train_file)}
-    files |= {room: ROOT / f"{room}.py" for room in ("freeze", "data", "features")}
-    for module, file in files.items():
+    files = {room: ROOT / f"{room}.py" for room in ("freeze", "data", "features")}
+    for module, file in ({"train": Path(train_file)} | files).items():
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
@@ -202,14 +238,9 @@ def names_of(node: ast.stmt) -> list[str]:
     return ["other lines"]
 
 
-def code_hash(code: dict[str, str]) -> str:
-    text = "".join(f"{name} {digest}\n" for name, digest in sorted(code.items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def changed_names(before: dict[str, str], now: dict[str, str]) -> list[str]:
+def changed_names(before: dict[str, str], now: dict[str, str]) -> set[str]:
     """What differs between two versions of the code: train.LOSS, ..."""
-    return sorted(name for name in before.keys() | now if before.get(name) != now.get(name))
+    return {name for name in before.keys() | now if before.get(name) != now.get(name)}
 
 
 def in_words(changed: set[str]) -> str:

@@ -1,37 +1,108 @@
-"""Weights files: torchvision's own, downloaded once and checked, or anybody's.
+"""From a file to a network: a checkpoint of train.py, torchvision's weights, or anybody's."""
 
-What people have is a state_dict wrapped in another dictionary, with a prefix before every key, with
-a head of its own or none. What is taken off is said in a line.
-"""
-
-import hashlib
-import re
+import socket
+import sys
 from argparse import Namespace
-from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torchvision.models import get_model_weights
 
 import freeze
 from data import UserError
-from plumbing.datasets import download
-from plumbing.files import locked
-from plumbing.machine import memory_is_full
+from plumbing.convolution import use_fast_convolutions
+from plumbing.machine import memory_is_full, pick_device, pick_precision
+from plumbing.settings import Settings
 
+NEEDED = {"settings", "metadata", "history", "model", "seconds", "test_correct"}
 WRAPPINGS = ("state_dict", "model", "model_state_dict", "model_state", "net", "weights")
-HDF5 = b"\x89HDF\r\n\x1a\n"  # how such a file begins
-FORMATS = {  # by the ending
-    ".onnx": "ONNX: save the network that it was exported from",
-    ".safetensors": "safetensors: torch.save(safetensors.torch.load_file(FILE), OTHER) makes one",
-    ".pb": "TensorFlow's",
-    ".tflite": "TensorFlow's",
-    ".msgpack": "Flax's",
-}
-NAMED = 5  # of many keys, how many are named
+MADE_FOR = ("capturable", "fused", "foreach")  # a device: an optimizer does not read it back
+TIMEOUT_SECONDS = 20  # that the weights' host may stay silent
 
 State = dict[str, torch.Tensor]
+
+
+def load_tensors(path: str | Path, kind: str) -> object:
+    """What torch.save wrote, on the CPU. kind: what the file should be. Raises UserError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from error
+    except Exception as error:  # torch.load meets a foreign file with many kinds of errors
+        if memory_is_full(error):
+            raise
+        raise UserError(f"{path} is damaged, or no {kind}") from error
+
+
+# ---------------------------------------------------------------- a checkpoint of train.py
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """What train.py saved, on the CPU. Raises UserError naming the file."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint {path}")
+    content = load_tensors(path, "checkpoint of train.py")
+    names = content.keys() if isinstance(content, dict) else set()
+    if names >= NEEDED:
+        return content
+    wrong = "is no checkpoint of train.py"
+    if names & {"arguments", "facts"}:
+        wrong = "was written by an earlier version, which knew less of a run: train it again"
+    elif any(str(name).endswith(".weight") for name in names):
+        wrong = f"holds weights alone: start a run from it, with train.py --weights {path}"
+    raise UserError(f"{path} {wrong}")
+
+
+def summary_row(path: str | Path, checkpoint: dict, scores: dict[str, float]) -> dict:
+    """A checkpoint's row of summary.csv: the run and its settings, its length, what came out.
+    seconds, device and torch are those of its training."""
+    last, metadata = checkpoint["history"][-1], checkpoint["metadata"]
+    row = {"run": Path(path).resolve().parent.name, "epochs": last["epoch"]}
+    row |= Settings(**checkpoint["settings"]).row() | {"train_images": metadata["train_images"]}
+    row |= {"test_images": len(checkpoint["test_correct"]), "train_loss": last["train_loss"]}
+    row |= scores | {"trainable_parameters": metadata["trainable_parameters"]}
+    row |= {"seconds": checkpoint["seconds"], "device": metadata["device"]}
+    return row | {"torch": metadata["torch"]}
+
+
+class Trained(NamedTuple):
+    """A checkpoint's whole network, on a device."""
+
+    model: nn.Module
+    checkpoint: dict
+    classes: tuple[str, ...]
+    image_size: int
+    device: torch.device
+    precision: str
+
+
+def load_model(
+    checkpoint: dict, device: str | None = None, precision: str | None = None
+) -> Trained:
+    """The network, rebuilt from nothing else, on the device and in the precision of its training
+    unless others are asked for. Raises UserError for a device that is not there."""
+    settings = checkpoint["settings"]
+    where = pick_device(device or checkpoint["metadata"]["device_type"])
+    how = pick_precision(precision or settings["precision"], where)
+    if how == "bf16" and not precision and pick_precision("auto", where) == "fp16":
+        how = "fp16"  # a card that emulates bf16 slowly
+    model = freeze.build(settings["model"], len(settings["classes"]))
+    model.load_state_dict(checkpoint["model"])
+    use_fast_convolutions(model)
+    known = settings["classes"], settings["image_size"]
+    return Trained(model.to(where), checkpoint, *known, where, how)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Puts back an optimizer's state_dict, without what was chosen for the device it was on."""
+    groups = optimizer.state_dict()["param_groups"]
+    for today, before in zip(groups, saved["param_groups"]):
+        today |= {name: before[name] for name in before if name not in MADE_FOR}
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+# ---------------------------------------------------------------- weights to start from
 
 
 def pretrained(args: Namespace, classes: tuple[str, ...]) -> nn.Module:
@@ -43,24 +114,19 @@ def pretrained(args: Namespace, classes: tuple[str, ...]) -> nn.Module:
 
 def load(weights: str, model: str, classes: tuple[str, ...] = ()) -> tuple[State | None, bool]:
     """The state_dict to start from: "imagenet" (torchvision's IMAGENET1K_V1), a path, or "none",
-    which gives None. And whether its last layer tells these classes apart, so that it is kept; it
-    does in a checkpoint of train.py with the same ones. Raises UserError."""
+    which gives None. And whether to keep its last layer: yes in a checkpoint of train.py with
+    these same classes. Raises UserError."""
     if weights == "none":
         return None, False
     file = Path(weights)
     if weights == "imagenet":
-        file = imagenet_file(model)
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        content = imagenet(model)
+    elif file.is_file():
+        kind = "file of weights: save model.state_dict() with torch.save"
+        content = load_tensors(file, kind)
+    else:
         takes = "--weights takes imagenet, none or the path of a file"
-        raise UserError(f"no weights file {file}: {takes}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror})") from error
-    except Exception as error:  # torch meets a foreign file with many kinds of errors, some long
-        if memory_is_full(error):
-            raise
-        raise UserError(f"{file} {why_not_read(file, error)}") from error
+        raise UserError(f"no weights file {file}: {takes}")
     keep_head = False
     if isinstance(content, dict) and isinstance(content.get("settings"), dict):  # train.py's
         keep_head = tuple(content["settings"]["classes"]) == classes
@@ -68,43 +134,44 @@ def load(weights: str, model: str, classes: tuple[str, ...] = ()) -> tuple[State
         print(f"weights  {file.name} of {file.parent.name}; its last layer is {kept}", flush=True)
     network = freeze.untrained(model)
     state = unwrapped(content, file, network)
-    return checked(state, file, model, network, keep_head), keep_head
+    return fitted(state, file, model, network, keep_head), keep_head
 
 
-def why_not_read(file: Path, error: Exception) -> str:
-    """What a file holds that torch.load does not take with weights_only=True, and what to do."""
-    with open(file, "rb") as opened:
-        start = opened.read(len(HDF5))
-    kind = FORMATS.get(file.suffix.lower())
-    if start == HDF5:
-        kind = "HDF5, which Keras writes"
-    if "TorchScript" in str(error):
-        kind = "TorchScript: torch.save(torch.jit.load(FILE).state_dict(), OTHER) makes one"
-    if kind:
-        return f"holds no PyTorch state_dict: it is {kind}"
-    if found := re.search(r"GLOBAL (\S+)|[Cc]lass:? (\S+)", str(error)):
-        name = (found[1] or found[2]).strip("`'\"")
-        rest = "and only tensors are read, because reading other objects can run code"
-        return f"holds a {name}, {rest}: save model.state_dict() alone"
-    return "is damaged, or no file of weights: save model.state_dict() with torch.save"
+def imagenet(model: str) -> State:
+    """torchvision's IMAGENET1K_V1. Its hash is checked when it is downloaded, into torch.hub's
+    folder. Raises UserError."""
+    from torchvision.models import get_model_weights  # here: to import it takes seconds
+
+    published, before = get_model_weights(model).IMAGENET1K_V1, socket.getdefaulttimeout()
+    how = {"map_location": "cpu", "weights_only": True, "progress": sys.stdout.isatty()}
+    socket.setdefaulttimeout(TIMEOUT_SECONDS)  # torch.hub has no time-out of its own
+    try:
+        return published.get_state_dict(check_hash=True, **how)
+    except Exception as error:  # of the network, of the hash, or of the file
+        if memory_is_full(error):
+            raise
+        wrong = f"cannot download or read the ImageNet weights ({str(error)[:200]})"
+        by_hand = f"put {published.url} into {torch.hub.get_dir()}/checkpoints"
+        raise UserError(f"{wrong}: {by_hand}, or use --weights PATH or none") from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def unwrapped(content: object, file: Path, network: nn.Module) -> State:
-    """The weights without what they are wrapped in, and without a prefix. Raises UserError."""
-    taken = []
-    while isinstance(content, dict):
-        inside = [name for name in WRAPPINGS if isinstance(content.get(name), dict)]
-        if not inside:
-            break
-        taken.append(f'["{inside[0]}"]')
-        content = content[inside[0]]
+    """The weights without the dictionaries around them, and without a prefix before every key.
+    What was taken off is printed. Raises UserError."""
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no weights but a {type(content).__name__}")
+    taken = []
+    while inside := [name for name in WRAPPINGS if isinstance(content.get(name), dict)]:
+        taken.append(f'["{inside[0]}"]')
+        content = content[inside[0]]
     state = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    # The prefix is what stands before the network's first weight, and before a later one too.
     keys = [key for key in network.state_dict() if key.endswith("weight")]
-    first, second = keys[0], keys[len(keys) // 2]  # by which the prefix is found
+    first, later = keys[0], keys[len(keys) // 2]
     starts = [key.removesuffix(first) for key in state if key.endswith(first)]
-    prefix = min((start for start in starts if start + second in state), key=len, default="")
+    prefix = min((start for start in starts if start + later in state), key=len, default="")
     if prefix:
         taken.append(f"the prefix {prefix}")
     if taken:
@@ -112,57 +179,26 @@ def unwrapped(content: object, file: Path, network: nn.Module) -> State:
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
-def checked(state: State, file: Path, model: str, network: nn.Module, keep_head: bool) -> State:
-    """What fits the network, key by key. Raises UserError naming what is missing or of another
-    shape, and values that are no numbers; says what is left over."""
-    wanted, head = network.state_dict(), f"{freeze.last_layer(network)}."
-    for key in wanted:
-        if key.endswith("num_batches_tracked"):  # not in files from before PyTorch 0.4.1
-            state.setdefault(key, wanted[key])
-    kept = {key: value for key, value in state.items() if keep_head and key.startswith(head)}
-    state = {key: value for key, value in state.items() if not key.startswith(head)}
-    wanted = {key: value for key, value in wanted.items() if not key.startswith(head)}
-    missing = [key for key in wanted if key not in state]
-    if missing:
-        raise UserError(f"{file} is no {model}: it lacks {some(missing)}")
-    for key, value in wanted.items():
-        if state[key].shape != value.shape:
-            shapes = f"{list(state[key].shape)} and not {list(value.shape)}"
-            raise UserError(f"{file} is no {model}: its {key} is {shapes}; try another --model")
-        if not torch.isfinite(state[key].float()).all():
-            raise UserError(f"{file} is broken: {key} holds values that are no finite numbers")
-    left_over = [key for key in state if key not in wanted]
-    layers = {key.split(".")[0] for key in wanted}
+def fitted(state: State, file: Path, model: str, network: nn.Module, keep_head: bool) -> State:
+    """What fits the network, its last layer only with keep_head. What is left over is printed.
+    Raises UserError naming what is missing, superfluous, of another shape or no numbers."""
+    head = f"{freeze.last_layer(network)}."
+    own = {key: value for key, value in state.items() if key.startswith(head)}
+    try:
+        rest = {key: value for key, value in state.items() if key not in own}
+        missing, left_over = network.load_state_dict(rest, strict=False)
+    except RuntimeError as error:  # of other shapes
+        shape = str(error).splitlines()[1].strip()
+        raise UserError(f"{file} is no {model}: {shape}; try another --model") from error
+    loaded = {key: value for key, value in network.state_dict().items() if not key.startswith(head)}
+    if missing := [key for key in missing if key in loaded]:
+        raise UserError(f"{file} is no {model}: it lacks {', '.join(missing[:5])}")
+    if broken := [key for key, value in loaded.items() if not torch.isfinite(value).all()]:
+        raise UserError(f"{file} is broken: {broken[0]} holds values that are no finite numbers")
+    layers = {key.split(".")[0] for key in loaded}
     if more := [key for key in left_over if key.split(".")[0] in layers]:
-        raise UserError(f"{file} is no {model}: it has {some(more)} besides; try another --model")
+        raise UserError(f"{file} is no {model}: it has {more[0]} besides; try another --model")
     if left_over:
-        print(f"weights  {file.name}: not used: {some(left_over)}", flush=True)
-    return {key: state[key] for key in wanted} | kept
-
-
-def some(keys: list[str]) -> str:
-    """The first few of them, and how many more."""
-    more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-    return ", ".join(keys[:NAMED]) + more
-
-
-def imagenet_file(model: str) -> Path:
-    """torchvision's file in torch.hub's folder; its hash is checked always, not only once."""
-    url = get_model_weights(model)["IMAGENET1K_V1"].url
-    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    expected = file.stem.rsplit("-", 1)[1]  # resnet18-f37072fd.pth: the beginning of its sha256
-    place = f"put {file.name} from {url} into {file.parent}"
-    by_hand = f"{place}, or use --weights PATH or --weights none"
-    if not file.exists():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with locked(file.parent, file.stem, wait=True):
-                if not file.exists():  # another run may have fetched it meanwhile
-                    download(url, file, sha256=expected)
-        except (OSError, ValueError, HTTPException, UserError) as error:
-            what = f"could not download the ImageNet weights ({error})"
-            raise UserError(f"{what}: {by_hand}") from error
-    if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(expected):
-        what = f"{file} is damaged (its sha256 does not begin with {expected})"
-        raise UserError(f"{what}: delete it and {by_hand}")
-    return file
+        unused = f"{len(left_over)} not used: {', '.join(left_over[:5])}"
+        print(f"weights  {file.name}: {unused}", flush=True)
+    return loaded | own if keep_head else loaded

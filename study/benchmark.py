@@ -38,9 +38,9 @@ import freeze
 import train
 from data import UserError
 from plumbing import datasets, flags, machine, weights
-from plumbing.checkpoint import read_checkpoint
 from plumbing.cli import Parser, command, show_line, whole_number, wipe_line
 from plumbing.files import check_writable, write_rows
+from plumbing.weights import read_checkpoint
 from study import textbook
 
 STRATEGIES = ("fc", "fc+layer4", "fc+layer3+layer4")

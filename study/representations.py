@@ -16,11 +16,11 @@ from torch import nn
 import freeze
 from data import UserError
 from plumbing import datasets, machine, weights
-from plumbing.checkpoint import Trained, load_model, read_checkpoint
 from plumbing.cli import Parser, command, paths
 from plumbing.files import fingerprint, write_csv
 from plumbing.flags import folder
 from plumbing.report import prepared
+from plumbing.weights import Trained, load_model, read_checkpoint
 
 
 def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:

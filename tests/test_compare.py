@@ -9,7 +9,7 @@ import data
 import evaluate
 import freeze
 from plumbing import datasets
-from plumbing.checkpoint import load_model
+from plumbing.weights import load_model
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ import freeze
 import train
 from plumbing import run as runs
 from plumbing import settings
-from plumbing.schedule import load_optimizer
+from plumbing.weights import load_optimizer
 
 QUICK = ["--dataset", "synthetic", "--weights", "none", "--image-size", "32", "--device", "cpu"]
 QUICK += ["--precision", "fp32", "--train-size", "40", "--batch-size", "15"]
@@ -71,9 +72,14 @@ class Copy:
         process.join()
         return process.exitcode, log.read_text()
 
-    def train(self, *flags: str, status: int = 0) -> str:
-        found, printed = self("train.py", *QUICK, *flags)
-        assert found == status and "Traceback" not in printed, printed
+    def do(self, line: str, status: int = 0) -> str:
+        """What a command prints that ends so: train.py on few pictures, or another one."""
+        command, *words = line.split()
+        if command == "train.py":
+            words = [*QUICK, *words]
+        found, printed = self(command, *words)
+        assert found == status, printed
+        assert ("Traceback" in printed) == (status == 1), printed
         return printed
 
     def run(self, name: str = "*") -> Path:
@@ -87,24 +93,167 @@ def copy(tmp_path):
     return Copy(tmp_path / "copy")
 
 
-RECIPE = "train.py"
-SMOOTHED = "functools.partial(F.cross_entropy, label_smoothing=0.1)"
-SMOOTH = "LOSS = F.cross_entropy", f"LOSS = {SMOOTHED}"
-ADAMW = (
-    "OPTIMIZER = functools.partial(torch.optim.Adam, fused=True)",
-    "OPTIMIZER = functools.partial(torch.optim.AdamW, weight_decay=0.1, fused=True)",
-)
+# ---------------------------------------------------------------- an edit, and what is said
 
 
-# ---------------------------------------------------------------- the recipe's own alternatives
+class Does(NamedTuple):
+    """A command, what it prints, how it ends, and what is in the run's folder then."""
+
+    line: str
+    prints: str = ""
+    status: int = 0
+    left: str = ""
+
+
+KEEP = "        run.keep(epoch, scores, correct)\n"
+MODE = "        freeze.train_mode(tail)"
+ORDER = "        order, flips = data.epoch_order"
+LEAVE = "        if epoch == 2:\n            break\n"
+FLIP = "    if flips is not None:"
+TAIL = "    tail = nn.Sequential(*backbone[cut:], pooling, head)\n"
+LOSS = "LOSS = F.cross_entropy"
+SCHEDULERS = "torch.optim.lr_scheduler"
+OPTIMIZER = "OPTIMIZER = functools.partial(torch.optim.Adam"
+PARTS = '"scaler": scaler, "schedule": schedule}'
+MINE = '"schedule": schedule, "mine": type("Mine", (), {"state_dict": lambda _: F})()}'
+# Edits are (file, old text, new text).
+ADAMW = "train.py", OPTIMIZER, f"{OPTIMIZER}W, weight_decay=0.1"
+SMOOTH = "train.py", LOSS, "LOSS = functools.partial(F.cross_entropy, label_smoothing=0.1)"
+MISTYPED = "train.py", LOSS, "LOSS = functools.partial(F.cross_entropy, lable_smoothing=0.1)"
+PUT_RIGHT = "train.py", "lable_smoothing", "label_smoothing"
+BREAK = "train.py", KEEP, KEEP + LEAVE
+BREAK_TOO_SOON = "train.py", KEEP, LEAVE + KEEP
+CROP = "train.py", "AUGMENT = None", "AUGMENT = data.random_crop"
+DROPOUT = "freeze.py", TAIL, TAIL.replace("head)", "nn.Dropout(0.9), head)")
+LINEAR = "freeze.py", TAIL, TAIL.replace("head)", "nn.Linear(512, 512), head)")
+SEE_MODE = "train.py", ORDER, f"        print('training', tail[-2].training)\n{ORDER}"
+THAW = "train.py", MODE, f"        model.layer3.requires_grad_(True)\n{MODE}"
+UNREADABLE = "train.py", PARTS, PARTS.replace('"schedule": schedule}', MINE)
+INVERT = "data.py", FLIP, f"    pixels = 255 - pixels\n{FLIP}"
+CROP_INSIDE = "data.py", FLIP, f"    pixels = random_crop(pixels, torch.default_generator)\n{FLIP}"
+COMMENT = "train.py", f"{LOSS}  #", f"{LOSS}  # mine,"
+DOCSTRING = "train.py", '"""Forward, backward, update.', '"""What is done in a step.'
+
+ONE, TWO = "history.csv epoch1.pt", "history.csv epoch2.pt"
+FEW = {
+    "an augmentation": [
+        CROP,
+        Does(
+            "train.py --epochs 1 --unfreeze layer4",
+            "features of 500 of 540 images.*not of training pictures: AUGMENT changes them",
+        ),
+    ],
+    "a crop inside transform": [
+        CROP_INSIDE,
+        Does("train.py --epochs 1", "transform gives another picture each time.*AUGMENT", 2),
+    ],
+    "a layer that learns nothing in the tail": [
+        DROPOUT,
+        SEE_MODE,
+        Does("train.py --epochs 3 --unfreeze layer4", "(training True.*){3}"),
+    ],
+    "a layer that learns in the tail": [
+        LINEAR,
+        Does("train.py --epochs 1 --unfreeze layer4", "requires_grad and is not in the opt", 2),
+    ],
+    "a stage thawed in the frozen part": [
+        THAW,
+        Does("train.py --epochs 1 --unfreeze layer4", "layer3.0.conv1.weight .*--unfreeze", 2),
+    ],
+    "another optimizer": [
+        Does("train.py --epochs 1"),
+        ADAMW,
+        Does(
+            "train.py --epochs 2 --resume",
+            "was trained with another OPTIMIZER in train.py: give this variation a name",
+            status=2,
+            left=ONE,
+        ),
+    ],
+    "another loss, begun anew": [
+        Does("train.py --epochs 2 3"),
+        SMOOTH,
+        Does("train.py --epochs 1", "replaces.*trained with another LOSS in train.py", left=ONE),
+    ],
+    "a comment and a docstring": [
+        Does("train.py --epochs 1"),
+        COMMENT,
+        DOCSTRING,
+        Does("train.py --epochs 1 --resume", ": finished"),
+    ],
+    "another transform": [
+        Does("train.py --epochs 1"),
+        INVERT,
+        Does("evaluate.py results/*/epoch1.pt", "trained with another transform in data.py"),
+    ],
+    "a loop that is left": [
+        BREAK,
+        Does("train.py --epochs 5", "epoch2.pt, where the loop ended", left=TWO),
+    ],
+    "another network that there is": [
+        Does("train.py --epochs 1 --unfreeze layer4 --model mobilenet_v3_small"),
+        Does("evaluate.py results/*/epoch1.pt", "mobilenet_v3_small"),
+    ],
+}
+SLOW = {
+    "a loop that is left, resumed": [
+        BREAK,
+        Does("train.py --epochs 5"),
+        Does("train.py --epochs 5 --resume", ": finished", left=TWO),
+    ],
+    "a loop that is left too soon": [
+        BREAK_TOO_SOON,
+        Does(
+            "train.py --epochs 5",
+            "the last epoch is lost: .*run.keep",
+            left="history.csv latest.pt",
+        ),
+    ],
+    "a mistyped idea, and put right": [
+        Does("train.py --epochs 2"),
+        Does("evaluate.py results/*/epoch2.pt --per-class"),
+        MISTYPED,
+        Does("train.py --epochs 1", "lable", 1, f"{TWO} epoch2.confusion.csv epoch2.mistakes"),
+        PUT_RIGHT,
+        Does("train.py --epochs 1", left=ONE),
+    ],
+    "seeds of two codes": [  # which are not compared as one
+        Does("train.py --epochs 1 --seed 0"),
+        Does("train.py --epochs 1 --seed 0 --unfreeze layer4"),
+        SMOOTH,
+        Does("train.py --epochs 1 --seed 2"),
+        Does("compare.py results/*/epoch1.pt", "left out: synthetic-fc-fp32-s2.*of other code"),
+    ],
+    "a part that nobody could read": [
+        UNREADABLE,
+        Does("train.py --epochs 3", "a checkpoint takes tensors and plain values alone", 2),
+    ],
+    "ConvNeXt": [
+        Does("train.py --epochs 1 --unfreeze layer4 --model convnext_tiny"),
+        Does("evaluate.py results/*/epoch1.pt", "convnext_tiny"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+def test_an_edit_takes_effect_or_is_refused_with_a_sentence(copy, name):
+    for step in (FEW | SLOW)[name]:
+        if isinstance(step, Does):
+            printed = copy.do(step.line, step.status)
+            assert re.search(step.prints, printed, re.DOTALL), printed
+            if step.left:
+                assert {file.name for file in copy.run().iterdir()} == {*step.left.split()}
+        else:
+            copy.edit(*step)
+
+
+# ---------------------------------------------------------------- an edit, and what comes out
 
 
 def test_a_schedule_by_the_epoch_is_in_the_history(copy):
-    cosine = (
-        "lambda optimizer, epochs: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)"
-    )
-    copy.edit(RECIPE, "SCHEDULE = None", f"SCHEDULE = {cosine}")
-    copy.train("--unfreeze", "layer4", "--epochs", "2", "4")
+    cosine = f"lambda optimizer, epochs: {SCHEDULERS}.CosineAnnealingLR(optimizer, epochs)"
+    copy.edit("train.py", "SCHEDULE = None", f"SCHEDULE = {cosine}")
+    copy.do("train.py --unfreeze layer4 --epochs 2 4")
     longer, shorter = copy.run("*-e4-*"), copy.run("*-e2-*")  # with a schedule two runs
     expected = [1e-3 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
     found = history(longer, "fc_lr", "layer4_lr")
@@ -113,192 +262,34 @@ def test_a_schedule_by_the_epoch_is_in_the_history(copy):
     assert history(shorter, "fc_lr") == [[1e-3], [pytest.approx(5e-4)]]
 
 
-def test_a_schedule_by_the_step_with_a_warm_up(copy):
-    """The history has the rate of an epoch's last step."""
-    scheduler = "torch.optim.lr_scheduler.LinearLR"
-    new = f"SCHEDULE = lambda o, n_steps: {scheduler}(o, 0.1, 1.0, n_steps)"
-    copy.edit(RECIPE, "SCHEDULE = None", new)
-    copy.train("--epochs", "3")
+def test_a_schedule_by_the_step_with_a_warm_up_is_in_the_history(copy):
+    """With the rate of an epoch's last step."""
+    warm_up = f"lambda o, n_steps: {SCHEDULERS}.LinearLR(o, 0.1, 1.0, n_steps)"
+    copy.edit("train.py", "SCHEDULE = None", f"SCHEDULE = {warm_up}")
+    copy.do("train.py --epochs 3")
     used = [1e-3 * (0.1 + 0.9 * step / 9) for step in range(9)]  # three steps an epoch
-    rates = [rate for (rate,) in history(copy.run(), "fc_lr")]
-    assert rates == pytest.approx(used[2::3])
-
-
-def test_augmented_pictures_go_through_the_prefix_in_every_epoch_and_test_pictures_do_not(copy):
-    copy.train("--unfreeze", "layer4", "--epochs", "2")
-    copy.edit(RECIPE, "AUGMENT = None", "AUGMENT = data.random_crop")
-    printed = copy.train("--unfreeze", "layer4", "--epochs", "2", "--tag", "crop")
-    assert "cache    not of training pictures: AUGMENT changes them in every epoch" in printed
-    assert "features of 500 of 540 images in host memory" in printed
-    plain, cropped = copy.run("*layer4-fp32*"), copy.run("*layer4-crop-fp32*")
-    assert history(plain, "train_loss") != history(cropped, "train_loss")
-
-
-def test_a_crop_inside_transform_is_refused_with_what_to_use(copy):
-    crop = "    pixels = random_crop(pixels, torch.default_generator)\n"
-    old = "    if flips is not None:"
-    copy.edit("data.py", old, crop + old)
-    printed = copy.train("--epochs", "1", status=2)
-    assert "data.transform gives another picture each time" in printed and "AUGMENT" in printed
-
-
-# ---------------------------------------------------------------- other code is another run
-
-
-def test_another_optimizer_does_not_go_on_from_a_run_of_the_old_one(copy):
-    copy.train("--epochs", "1")
-    copy.edit(RECIPE, *ADAMW)
-    printed = copy.train("--epochs", "2", "--resume", status=2)
-    assert "was trained with another OPTIMIZER in train.py: give this variation a name" in printed
-    assert len(history(copy.run(), *COLUMNS)) == 1
-    copy.train("--epochs", "2", "--resume", "--tag", "adamw")
-    saved = torch.load(copy.run("*adamw*") / "epoch2.pt", weights_only=True)
-    assert saved["optimizer"]["param_groups"][0]["weight_decay"] == 0.1
-
-
-def test_a_run_begun_anew_takes_the_whole_place_of_one_of_other_code(copy):
-    copy.train("--epochs", "2", "3")
-    copy.edit(RECIPE, *SMOOTH)
-    printed = copy.train("--epochs", "1")
-    assert "replaces" in printed and "trained with another LOSS in train.py" in printed
-    assert {file.name for file in copy.run().iterdir()} == {"history.csv", "epoch1.pt"}
-    assert len(history(copy.run(), *COLUMNS)) == 1
+    assert [rate for (rate,) in history(copy.run(), "fc_lr")] == pytest.approx(used[2::3])
 
 
 def test_a_tag_puts_an_idea_beside_the_published_recipe(copy):
-    copy.train("--unfreeze", "layer4", "--epochs", "1")
-    copy.edit(RECIPE, *SMOOTH)
-    copy.train("--unfreeze", "layer4", "--epochs", "1", "--tag", "smooth")
-    files = sorted((copy.folder / "results").glob("*/epoch1.pt"))
-    status, printed = copy("compare.py", *files, "--csv", "results/summary.csv")
-    assert status == 0 and "fc+layer4 smooth over fc+layer4: " in printed
+    copy.do("train.py --unfreeze layer4 --epochs 1")
+    for edit in (SMOOTH, ADAMW, CROP):
+        copy.edit(*edit)
+    copy.do("train.py --unfreeze layer4 --epochs 1 --tag smooth")
+    printed = copy.do("compare.py results/*/epoch1.pt --csv results/summary.csv")
+    assert "fc+layer4 smooth over fc+layer4: " in printed
     table = rows(copy.folder / "results/summary.csv")
     assert [row["tag"] for row in table] == ["", "smooth"]
-    assert table[0]["code"] != table[1]["code"]
-    assert "LOSS" not in printed
-
-
-@pytest.mark.slow
-def test_runs_of_two_codes_and_one_name_are_not_compared_as_one(copy):
-    """Seeds of the old loss and of the new one."""
-    for seed in ("0", "1"):
-        copy.train("--epochs", "1", "--seed", seed)
-        copy.train("--epochs", "1", "--seed", seed, "--unfreeze", "layer4")
-    copy.edit(RECIPE, *SMOOTH)
-    copy.train("--epochs", "1", "--seed", "2")
-    files = sorted((copy.folder / "results").glob("*/epoch1.pt"))
-    _, printed = copy("compare.py", *files)
-    assert "left out: synthetic-fc-fp32-s2" in printed and "of other code" in printed
-
-
-def test_comments_and_docstrings_change_no_run(copy):
-    copy.train("--epochs", "1")
-    copy.edit(RECIPE, "LOSS = F.cross_entropy  #", "LOSS = F.cross_entropy  # mine,")
-    copy.edit(RECIPE, '"""Forward, backward, update.', '"""What is done in a step.')
-    assert ": finished" in copy.train("--epochs", "1", "--resume")
-
-
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        ("f(x[:a])", "f(x[a:])"),
-        ("f(x[2:])", "f(x[::2])"),
-        ("f(*b)", "f(**b)"),
-        ("a - b", "b - a"),
-        ("x = 1", "x = 1.0"),
-        ("x = None", "x = 0"),
-        ("for a in b: pass\nelse: c()", "for a in b: c()"),
-        ("def f(a, *, b=1): pass", "def f(a, b=1): pass"),
-    ],
-)
-def test_no_edit_looks_like_another(old, new):
-    one, other = (settings.syntax(ast.parse(text)) for text in (old, new))
-    assert one != other and one == settings.syntax(ast.parse(f"{old}  # a comment"))
-
-
-@pytest.mark.slow
-def test_what_was_drawn_of_the_old_code_goes_too_and_not_before_the_first_epoch(copy):
-    copy.train("--epochs", "2")
-    assert copy("evaluate.py", copy.run() / "epoch2.pt", "--per-class")[0] == 0
-    before = {file.name for file in copy.run().iterdir()}
-    copy.edit(
-        RECIPE, "LOSS = F.cross_entropy", "LOSS = functools.partial(F.cross_entropy, lable=1)"
-    )
-    assert "Traceback" in copy("train.py", *QUICK, "--epochs", "1")[1]
-    assert {file.name for file in copy.run().iterdir()} == before  # a mistyped idea costs nothing
-    copy.edit(RECIPE, "lable=1", "label_smoothing=0.1")
-    copy.train("--epochs", "1")
-    assert {file.name for file in copy.run().iterdir()} == {"history.csv", "epoch1.pt"}
-
-
-def test_evaluate_says_that_the_network_was_trained_with_another_transform(copy):
-    copy.train("--epochs", "1")
-    copy.edit(
-        "data.py",
-        "    if flips is not None:",
-        "    pixels = 255 - pixels\n    if flips is not None:",
-    )
-    _, printed = copy("evaluate.py", copy.run() / "epoch1.pt")
-    assert "was trained with another transform in data.py" in printed
-
-
-# ---------------------------------------------------------------- edits of the loop
-
-
-LOOP = "        run.keep(epoch, scores, correct)\n"
-
-
-def test_a_loop_that_is_left_early_leaves_its_last_epoch(copy):
-    copy.edit(RECIPE, LOOP, f"{LOOP}        if epoch == 2:\n            break\n")
-    assert "epoch2.pt, where the loop ended" in copy.train("--epochs", "5")
-    assert {file.name for file in copy.run().iterdir()} == {"history.csv", "epoch2.pt"}
-    assert len(checkpoint(copy.run(), 2)["history"]) == 2
-
-
-@pytest.mark.slow
-def test_a_run_that_ended_early_is_finished(copy):
-    copy.edit(RECIPE, LOOP, f"{LOOP}        if epoch == 2:\n            break\n")
-    copy.train("--epochs", "5")
-    assert ": finished" in copy.train("--epochs", "5", "--resume")
-    assert {file.name for file in copy.run().iterdir()} == {"history.csv", "epoch2.pt"}
-
-
-@pytest.mark.slow
-def test_a_loop_that_is_left_before_the_epoch_is_kept_says_what_is_lost(copy):
-    copy.edit(RECIPE, LOOP, f"        if epoch == 2:\n            break\n{LOOP}")
-    printed = copy.train("--epochs", "5")
-    assert "the last epoch is lost: leave the loop after run.keep" in printed
-    assert {file.name for file in copy.run().iterdir()} == {"history.csv", "latest.pt"}
-
-
-def test_a_layer_that_is_added_to_the_tail_is_in_train_mode_or_refused(copy):
-    old = "    tail = nn.Sequential(*backbone[cut:], pooling, head)\n"
-    copy.edit("freeze.py", old, old.replace("head)", "nn.Dropout(0.9), head)"))
-    see = "        print('training', tail[-2].training)\n"
-    copy.edit(
-        RECIPE,
-        "        order, flips = data.epoch_order",
-        f"{see}        order, flips = data.epoch_order",
-    )
-    printed = copy.train("--epochs", "3", "--unfreeze", "layer4")
-    assert printed.count("training True") == 3
-    copy.edit("freeze.py", "nn.Dropout(0.9), head)", "nn.Linear(512, 512), head)")
-    printed = copy.train("--epochs", "1", "--unfreeze", "layer4", "--tag", "wide", status=2)
-    assert "has requires_grad and is not in the optimizer" in printed
-
-
-def test_a_stage_that_is_thawed_in_the_frozen_part_is_refused(copy):
-    thaw = "        model.layer3.requires_grad_(True)\n        freeze.train_mode(tail)"
-    copy.edit(RECIPE, "        freeze.train_mode(tail)", thaw)
-    printed = copy.train("--epochs", "1", "--unfreeze", "layer4", status=2)
-    assert "layer3.0.conv1.weight has requires_grad" in printed and "--unfreeze" in printed
+    for different in ("code", "train_loss"):
+        assert table[0][different] != table[1][different]
+    saved = checkpoint(copy.run("*smooth*"), 1)
+    assert saved["optimizer"]["param_groups"][0]["weight_decay"] == 0.1
 
 
 def test_a_stage_that_is_unfrozen_in_the_loop_learns_from_then_on(copy):
     learns = "settings.unfrozen if epoch > 1 else settings.unfrozen[-1:]"
-    new = f"        freeze.freeze(model, {learns})\n        freeze.train_mode(tail)"
-    copy.edit(RECIPE, "        freeze.train_mode(tail)", new)
-    copy.train("--unfreeze", "layer4", "--epochs", "1", "2")
+    copy.edit("train.py", MODE, f"        freeze.freeze(model, {learns})\n{MODE}")
+    copy.do("train.py --unfreeze layer4 --epochs 1 2")
     before = freeze.build("resnet18", 10).layer4[0].conv1.weight
     first, second = (checkpoint(copy.run(), n)["model"]["layer4.0.conv1.weight"] for n in (1, 2))
     assert torch.equal(before, first) and not torch.equal(before, second)
@@ -307,60 +298,40 @@ def test_a_stage_that_is_unfrozen_in_the_loop_learns_from_then_on(copy):
 @pytest.mark.slow
 def test_a_logger_in_the_loop_sees_every_epoch(copy):
     line = 'print(epoch, run.history[-1]["test_loss"], file=open("log.txt", "a"))'
-    copy.edit(RECIPE, LOOP, f"{LOOP}        {line}\n")
-    copy.train("--epochs", "2")
+    copy.edit("train.py", KEEP, f"{KEEP}        {line}\n")
+    copy.do("train.py --epochs 2")
     logged = [line.split() for line in (copy.folder / "log.txt").read_text().splitlines()]
-    assert [[float(number) for number in line] for line in logged] == history(
-        copy.run(), "epoch", "test_loss"
-    )
+    found = [[float(number) for number in line] for line in logged]
+    assert found == history(copy.run(), "epoch", "test_loss")
+
+
+RIGHT = "right / len(labels),"
 
 
 @pytest.mark.slow
 def test_numbers_of_numpy_are_kept_as_numbers(copy):
-    half = "lambda optimizer, steps: torch.optim.lr_scheduler.LambdaLR("
-    half += "optimizer, lambda i: np.cos(i / steps) ** 2)"
-    copy.edit(RECIPE, "SCHEDULE = None", f"SCHEDULE = {half}")
-    copy.edit(RECIPE, "import torch\nimport", "import numpy as np\nimport torch\nimport")
-    copy.edit(
-        "plumbing/report.py",
-        "right / len(labels),",
-        "torch.tensor(right / len(labels)).numpy()[()],",
-    )
-    copy.train("--epochs", "2")
-    file = copy.run() / "epoch2.pt"
+    half = f"{SCHEDULERS}.LambdaLR(optimizer, lambda i: np.cos(i / steps) ** 2)"
+    copy.edit("train.py", "SCHEDULE = None", f"SCHEDULE = lambda optimizer, steps: {half}")
+    copy.edit("train.py", "import torch\nimport", "import numpy as np\nimport torch\nimport")
+    copy.edit("plumbing/report.py", RIGHT, "torch.tensor(right / len(labels)).numpy()[()],")
+    copy.do("train.py --epochs 2")
     assert checkpoint(copy.run(), 2)["history"][0]["fc_lr"] == pytest.approx(1e-3, rel=0.5)
-    assert copy("compare.py", file)[0] == 0
-
-
-@pytest.mark.slow
-def test_a_checkpoint_that_nobody_could_read_is_refused_at_once(copy):
-    old = '"scaler": scaler, "schedule": schedule}'
-    new = old.replace("}", ', "mine": type("Mine", (), {"state_dict": lambda _: F})()}')
-    copy.edit(RECIPE, old, new)
-    status, printed = copy("train.py", *QUICK, "--epochs", "3")
-    assert status != 0 and "3/3" not in printed
-
-
-# ---------------------------------------------------------------- a metric, a network
+    copy.do("compare.py results/*/epoch2.pt")
 
 
 def test_a_metric_is_added_in_one_place_and_is_in_every_table(copy):
-    copy.train("--epochs", "1")
-    old = '        "accuracy": right / len(labels),\n'
-    top = '        "top5": (logits.topk(5)[1] == labels[:, None]).sum().item() / len(labels),\n'
-    copy.edit("plumbing/report.py", old, old + top)
-    printed = copy.train("--epochs", "2", "--resume")
-    assert re.search(r"2/2 .* top5 0\.[0-9]", printed)
+    copy.do("train.py --epochs 1")
+    top = '"top5": (logits.topk(5)[1] == labels[:, None]).sum().item() / len(labels),'
+    copy.edit("plumbing/report.py", RIGHT, f"{RIGHT}\n        {top}")
+    assert re.search(r"2/2 .* top5 0\.[0-9]", copy.do("train.py --epochs 2 --resume"))
     table = rows(copy.run() / "history.csv")
     assert table[0]["test_top5"] == "" and 0.3 < float(table[1]["test_top5"]) <= 1
     assert float(table[1]["seconds"]) > 0 and float(table[1]["fc_lr"]) == 1e-3
-    file = copy.run() / "epoch2.pt"
     for command in ("compare.py", "evaluate.py"):
-        status, printed = copy(command, file, "--csv", "summary.csv")
+        printed = copy.do(f"{command} results/*/epoch2.pt --csv summary.csv")
         (row,) = rows(copy.folder / "summary.csv")
-        assert status == 0 and "top5" in printed.splitlines()[0]
+        assert "top5" in printed.splitlines()[0]
         assert float(row["test_top5"]) == pytest.approx(float(table[1]["test_top5"]), abs=0.01)
-    assert copy("plot.py", copy.folder / "results")[0] == 2  # there is no summary.csv in it
 
 
 TOY = """
@@ -383,52 +354,44 @@ def test_another_network_is_a_change_of_freeze_py_alone(copy):
     imports = "    from torchvision.models import get_model"
     copy.edit("freeze.py", imports, own + imports)
     (copy.folder / "freeze.py").open("a").write(TOY)
-    words = ["--model", "toy", "--unfreeze", "late", "--lr", "late=1e-3", "head=1e-2"]
-    printed = copy.train(*words, "--epochs", "2")
+    words = "train.py --model toy --unfreeze late --lr late=1e-3 head=1e-2 --epochs 2"
+    printed = copy.do(words)
     assert "early             240  frozen" in printed and "learns at 0.01" in printed
     folder = copy.run("synthetic-head+late-fp32-*")
     assert history(folder, "late_lr", "head_lr") == [[1e-3, 1e-2]] * 2
-    assert copy("evaluate.py", folder / "epoch2.pt")[0] == 0
-    assert "toy has early, late, head" in copy.train("--model", "toy", "--unfreeze", "fc", status=2)
+    copy.do("evaluate.py results/*/epoch2.pt")
+    refused = copy.do("train.py --model toy --unfreeze fc", status=2)
+    assert "toy has early, late, head" in refused
 
 
-@pytest.mark.parametrize(
-    "name", ["mobilenet_v3_small", pytest.param("convnext_tiny", marks=pytest.mark.slow)]
-)
-def test_the_other_networks_train_and_are_scored(copy, name):
-    copy.train("--model", name, "--unfreeze", "layer4", "--epochs", "1")
-    status, printed = copy("evaluate.py", copy.run() / "epoch1.pt")
-    assert status == 0
-    (tested,), accuracy = history(copy.run(), "test_accuracy"), printed.split()[-4].rstrip("%")
-    assert float(accuracy) / 100 == pytest.approx(tested[0], abs=0.01)
-
-
-# ---------------------------------------------------------------- going on from one's own network
-
-
-def test_probe_first_and_fine_tune_then(copy):
+def test_probe_first_and_fine_tune_then_at_a_lower_rate(copy):
     """Kumar et al. 2022: two commands of the README. fc is kept, since the classes are the same."""
-    copy.train("--epochs", "2")
+    copy.do("train.py --epochs 2")
     probe = copy.run() / "epoch2.pt"
-    printed = copy.train("--unfreeze", "layer4", "--epochs", "1", "--weights", str(probe))
+    words = f"--epochs 1 --weights {probe}"
+    printed = copy.do(f"train.py --unfreeze layer4 --lr layer4=1e-5 fc=1e-4 {words}")
     assert "its last layer is kept: the classes are the same" in printed
     tuned = copy.run("*layer4*")
     before = torch.load(probe, weights_only=True)["model"]["fc.weight"]
     after = checkpoint(tuned, 1)["model"]["fc.weight"]
-    assert (before - after).abs().max() < 0.01  # three steps at 1e-3 from there
-    other = copy.train("--dataset", "synthetic-other", "--epochs", "1", "--weights", str(probe))
+    assert (before - after).abs().max() < 0.001  # three steps at 1e-4 from there
+    assert history(tuned, "fc_lr", "layer4_lr") == [[1e-4, 1e-5]]
+    other = copy.do(f"train.py --dataset synthetic-other {words}")
     assert "its last layer is new: the classes are others" in other
 
 
-@pytest.mark.slow
-def test_more_epochs_at_a_lower_rate(copy):
-    copy.train("--unfreeze", "layer4", "--epochs", "2")
-    first = copy.run()
-    words = ["--unfreeze", "layer4", "--lr", "layer4=1e-5", "fc=1e-4", "--epochs", "1"]
-    copy.train(*words, "--weights", str(first / "epoch2.pt"))
-    (second,) = {file.parent for file in copy.folder.glob("results/*/epoch1.pt")}
-    assert history(second, "fc_lr", "layer4_lr") == [[1e-4, 1e-5]]
-    assert history(second, "train_loss")[0] < history(first, "train_loss")[1]
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        *(("f(x[:a])", "f(x[a:])"), ("f(x[2:])", "f(x[::2])"), ("f(*b)", "f(**b)")),
+        *(("a - b", "b - a"), ("x = 1", "x = 1.0"), ("x = None", "x = 0")),
+        ("for a in b: pass\nelse: c()", "for a in b: c()"),
+        ("def f(a, *, b=1): pass", "def f(a, b=1): pass"),
+    ],
+)
+def test_no_edit_looks_like_another(old, new):
+    one, other = (settings.syntax(ast.parse(text)) for text in (old, new))
+    assert one != other and one == settings.syntax(ast.parse(f"{old}  # a comment"))
 
 
 # ---------------------------------------------------------------- resumed in the middle
@@ -450,19 +413,17 @@ def one_cycle(optimizer, steps):
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps)  # which moves beta, too
 
 
-SGD = functools.partial(torch.optim.SGD, momentum=0.9)
-ADAMW_FUSED = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=True)
-
-
 def one_step_down(optimizer, epochs):
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, [1])
 
 
+SGD = functools.partial(torch.optim.SGD, momentum=0.9)
+ADAMW_FUSED = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=True)
 RECIPES = {
     "cosine": {"SCHEDULE": cosine},
-    "warm-up": {"SCHEDULE": warm_up_and_cosine},
     "one cycle": {"SCHEDULE": one_cycle},
     "crop": {"AUGMENT": data.random_crop},
+    "warm-up": {"SCHEDULE": warm_up_and_cosine},
     "erase, SGD": {"AUGMENT": data.random_erase, "OPTIMIZER": SGD},
     "one step down": {"SCHEDULE": one_step_down},
     "AdamW, cosine": {"OPTIMIZER": ADAMW_FUSED, "SCHEDULE": cosine},
@@ -472,9 +433,8 @@ RECIPES = {
 @pytest.mark.parametrize(
     "recipe",
     [
-        *("cosine", "one cycle", "crop"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in list(RECIPES)[4:]),
-        pytest.param("warm-up", marks=pytest.mark.slow),
+        *list(RECIPES)[:3],
+        *(pytest.param(name, marks=pytest.mark.slow) for name in list(RECIPES)[3:]),
     ],
 )
 @pytest.mark.parametrize(

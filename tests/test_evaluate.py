@@ -12,7 +12,7 @@ from PIL import Image
 import data
 import evaluate
 from plumbing import datasets
-from plumbing.checkpoint import load_model
+from plumbing.weights import load_model
 
 CLASSES = datasets.synthetic("train").classes
 
@@ -188,7 +188,7 @@ def test_bf16_is_scored_in_fp16_on_a_card_that_emulates_it(finished, monkeypatch
     def older_card(name: str, _) -> str:
         return "fp16" if name == "auto" else name
 
-    monkeypatch.setattr("plumbing.checkpoint.pick_precision", older_card)
+    monkeypatch.setattr("plumbing.weights.pick_precision", older_card)
     saved = checkpoint(finished)
     saved["settings"]["precision"] = "bf16"
     assert load_model(saved, "cpu").precision == "fp16"

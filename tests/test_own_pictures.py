@@ -16,8 +16,8 @@ import evaluate
 import plot
 import train
 from plumbing import datasets, flags, pictures
-from plumbing.checkpoint import load_model, read_checkpoint
 from plumbing.files import write_csv
+from plumbing.weights import load_model, read_checkpoint
 
 LITTLE = ("--weights", "none", "--image-size", "32", "--epochs", "1", "--precision", "fp32")
 LITTLE += ("--device", "cpu", "--dataset", "folder", "--data-dir")

@@ -9,7 +9,7 @@ from conftest import checkpoint, complaint, rows
 import data
 import freeze
 from plumbing import datasets
-from plumbing.checkpoint import load_model
+from plumbing.weights import load_model
 from study import representations
 
 

@@ -9,10 +9,10 @@ The error counts the choice of test pictures, and how far both runs wander over 
 import statistics
 from pathlib import Path
 
-from plumbing.checkpoint import read_checkpoint
 from plumbing.cli import Parser, command, output, paths
 from plumbing.files import write_rows
 from plumbing.verdict import difference, likelihood, wander
+from plumbing.weights import read_checkpoint
 
 
 def key(checkpoint: dict) -> tuple[str, int, str]:
