@@ -1,11 +1,8 @@
 """Data sets by name: CIFAR with its mirrors, a folder of pictures, drawn pictures."""
 
 import functools
-import socket
-import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +14,10 @@ from torchvision.datasets.utils import check_integrity
 
 from data import Images, UserError, cifar, stratified_subset
 from plumbing import distributed, pictures
-from plumbing.files import fingerprint, locked
+from plumbing.files import fingerprint, locked, socket_timeout
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic", "synthetic-other")
 DRAWN = {"train": 2000, "test": 500}  # pictures of a drawn data set
-TIMEOUT_SECONDS = 20  # that a source may stay silent before the next one is tried
 
 
 # The official host has served 50-80 kB/s since June 2026 (pytorch/vision#9536), 40 minutes and
@@ -173,28 +169,6 @@ def fetch(name: str, data_dir: Path) -> None:
         f"could not download {archive.name} ({'; '.join(failures)}). {by_hand}, or use "
         "--dataset synthetic, which needs no files"
     )
-
-
-def download(url: str, file: Path, sha256: str) -> None:
-    """Fetch a file, whole or not at all, whose sha256 begins so. Raises UserError if it does not,
-    and OSError, ValueError or HTTPException of the network."""
-    print(f"downloading {file.name} from {url}", flush=True)
-    try:
-        with socket_timeout():
-            torch.hub.download_url_to_file(url, str(file), sha256, progress=sys.stdout.isatty())
-    except RuntimeError as error:  # torch.hub's word for another hash
-        raise UserError(f"the bytes that came are not the published ones: {error}") from error
-
-
-@contextmanager
-def socket_timeout() -> Iterator[None]:
-    """Neither torchvision nor torch.hub ends a download from which nothing comes any more."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def synthetic(split: str) -> Images:

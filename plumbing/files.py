@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 from data import UserError
 
 PLAIN = (torch.Tensor, str, int, float, type(None))  # what torch.load reads with weights_only=True
+TIMEOUT_SECONDS = 20  # that a host may stay silent during a download
 
 
 @contextmanager
@@ -115,6 +117,17 @@ def locked(out: Path, name: str, wait: bool = False) -> AbstractContextManager:
     except (OSError, NotImplementedError) as error:
         where = "choose another --out, on a local disk"
         raise UserError(f"cannot lock {file} ({error}): {where}") from error
+
+
+@contextmanager
+def socket_timeout() -> Iterator[None]:
+    """Neither torchvision nor torch.hub ends a download from which nothing comes any more."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def fingerprint(*tensors: torch.Tensor) -> str:

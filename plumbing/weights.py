@@ -1,6 +1,5 @@
 """From a file to a network: a checkpoint of train.py, torchvision's weights, or anybody's."""
 
-import socket
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -12,13 +11,13 @@ from torch import nn
 import freeze
 from data import UserError
 from plumbing.convolution import use_fast_convolutions
+from plumbing.files import socket_timeout
 from plumbing.machine import memory_is_full, pick_device, pick_precision
 from plumbing.settings import Settings
 
 NEEDED = {"settings", "metadata", "history", "model", "seconds", "test_correct"}
 WRAPPINGS = ("state_dict", "model", "model_state_dict", "model_state", "net", "weights")
 MADE_FOR = ("capturable", "fused", "foreach")  # a device: an optimizer does not read it back
-TIMEOUT_SECONDS = 20  # that the weights' host may stay silent
 
 State = dict[str, torch.Tensor]
 
@@ -142,19 +141,17 @@ def imagenet(model: str) -> State:
     folder. Raises UserError."""
     from torchvision.models import get_model_weights  # here: to import it takes seconds
 
-    published, before = get_model_weights(model).IMAGENET1K_V1, socket.getdefaulttimeout()
+    published = get_model_weights(model).IMAGENET1K_V1
     how = {"map_location": "cpu", "weights_only": True, "progress": sys.stdout.isatty()}
-    socket.setdefaulttimeout(TIMEOUT_SECONDS)  # torch.hub has no time-out of its own
     try:
-        return published.get_state_dict(check_hash=True, **how)
+        with socket_timeout():
+            return published.get_state_dict(check_hash=True, **how)
     except Exception as error:  # of the network, of the hash, or of the file
         if memory_is_full(error):
             raise
         wrong = f"cannot download or read the ImageNet weights ({str(error)[:200]})"
         by_hand = f"put {published.url} into {torch.hub.get_dir()}/checkpoints"
         raise UserError(f"{wrong}: {by_hand}, or use --weights PATH or none") from error
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def unwrapped(content: object, file: Path, network: nn.Module) -> State:

@@ -10,7 +10,7 @@ import torch
 from test_data import little_cifar
 
 from data import UserError
-from plumbing import datasets
+from plumbing import datasets, files
 from plumbing.datasets import synthetic, synthetic_other  # before conftest.py makes it draw fewer
 from plumbing.files import fingerprint
 
@@ -62,7 +62,7 @@ def test_cifar_100_comes_from_the_official_host(source, tmp_path):
 
 @pytest.mark.parametrize("fault", ["missing", "wrong bytes", "cut", "silent"])
 def test_a_mirror_that_fails_is_passed_over(source, tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(datasets, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(files, "TIMEOUT_SECONDS", 0.5)
     source.files = {"/mirror1": source.ten, "/mirror2": source.ten}
     if fault == "missing":
         del source.files["/mirror1"]

@@ -13,7 +13,7 @@ from torchvision.models import Weights, WeightsEnum, get_model, get_model_weight
 
 import freeze
 from data import UserError
-from plumbing import weights
+from plumbing import files, weights
 from plumbing.settings import name_of_weights
 
 STATE = get_model("resnet18", num_classes=2).state_dict()
@@ -217,7 +217,7 @@ def test_imagenet_weights_are_downloaded_once_and_what_is_damaged_is_named(image
 
 @pytest.mark.parametrize("fault", ["missing", "wrong bytes", "cut", "silent", "proxy"])
 def test_imagenet_weights_that_cannot_be_had(imagenet, monkeypatch, fault):
-    monkeypatch.setattr(weights, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(files, "TIMEOUT_SECONDS", 0.5)
     path = f"/{imagenet.name}"
     if fault == "missing":
         del imagenet.files[path]
