@@ -34,9 +34,6 @@ def free(monkeypatch, **amounts) -> None:
     monkeypatch.setattr(cache, "free_memory", lambda place, *_: amounts[place])
 
 
-# ---------------------------------------------------------------- in a file
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_in_a_file_is_what_was_computed_and_the_file_is_gone(tmp_path, dtype):
     kept = keep({"train": features_of(4, dtype)}, "disk", folder=tmp_path / "new")["train"]
@@ -46,25 +43,21 @@ def test_what_is_in_a_file_is_what_was_computed_and_the_file_is_gone(tmp_path, d
     assert torch.equal(kept.store, in_memory.store) and kept.store.dtype == dtype
 
 
-def test_a_fill_that_is_interrupted_leaves_no_file(tmp_path, monkeypatch):
-    inputs = features_of(4)
-    monkeypatch.setattr(Features, "compute", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        keep({"train": inputs}, "disk", folder=tmp_path)
-    assert not os.listdir(tmp_path)
-
-
-def test_a_disk_that_is_full_after_all_is_given_up(tmp_path, monkeypatch, capsys):
+def test_a_fill_that_is_interrupted_leaves_no_file_and_a_full_disk_is_given_up(
+    tmp_path, monkeypatch, capsys
+):
     def full(*_):
         raise OSError(28, "No space left on device")
 
+    inputs = {"train": features_of(4)}
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Features, "compute", lambda *_: 1 / 0)
+        keep(inputs, "disk", folder=tmp_path)
+    assert not os.listdir(tmp_path)
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    assert keep({"train": features_of(4)}, "disk", folder=tmp_path)["train"].store is None
+    assert keep(inputs, "disk", folder=tmp_path)["train"].store is None
     assert "it does not fit in a file after all" in capsys.readouterr().out
     assert not os.listdir(tmp_path)
-
-
-# ---------------------------------------------------------------- where it goes
 
 
 class Fake:

@@ -5,11 +5,8 @@ import torch
 from conftest import checkpoint, complaint, rows
 
 import compare
-import data
 import evaluate
 import freeze
-from plumbing import datasets
-from plumbing.weights import load_model
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +34,6 @@ def test_what_was_logged_is_what_is_scored(finished, lengths, tmp_path, monkeypa
     assert logged == scored
 
 
-def test_what_was_right_in_the_log_is_what_is_right_when_scored(finished):
-    images = datasets.synthetic("test")
-    for epochs in (1, 2):
-        saved = checkpoint(finished, epochs)
-        said = load_model(saved).model.eval()(data.transform(images.pixels, 48)).argmax(1)
-        assert torch.equal(saved["test_correct"], said == images.labels)
-
-
 def test_with_validation_pictures_the_images_counted_are_those(finished, tmp_path, capsys):
     saved = checkpoint(finished)
     saved["val_correct"] = torch.zeros(200, dtype=torch.bool)
@@ -56,9 +45,6 @@ def test_with_validation_pictures_the_images_counted_are_those(finished, tmp_pat
     assert header.split()[2:4] == ["val", "loss"]
     assert line.split()[1:4] == ["3.0000", "25.00%", "200"]
     assert (row["val_images"], row["test_images"]) == ("200", "60")
-
-
-# ---------------------------------------------------------------- image by image
 
 
 def test_runs_are_compared_image_by_image(finished, tmp_path, capsys):

@@ -58,9 +58,6 @@ def others(nodes: list[ast.AST]) -> set[str]:
     return {name.split(".")[0] for name in imports(nodes)} - {"plumbing", *OURS}
 
 
-# ---------------------------------------------------------------- who may import whom
-
-
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_file_imports_what_it_may(module):
     may = {*ROOMS, *PLUMBING}
@@ -111,9 +108,6 @@ def test_compare_does_not_wait_for_torchvision():
         reached |= more
         more = set().union(*map(ours, more)) - reached
     assert not [name for name in reached if "torchvision" in others(parsed(name).body)]
-
-
-# ---------------------------------------------------------------- length
 
 
 def is_a_list_of_flags(function: ast.FunctionDef) -> bool:

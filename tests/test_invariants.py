@@ -29,6 +29,17 @@ def changed(before: dict, after: dict) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+@pytest.fixture
+def few(tmp_path) -> list[str]:
+    """Flags of small runs on 12 pictures, tested on 10 others."""
+    folder = tmp_path / "pictures"
+    for split, count in (("train", 12), ("test", 10)):
+        images = data.stratified_subset(datasets.synthetic(split), count, seed=0)
+        write_pictures(folder / split, images)
+    flags = ["--dataset", "folder", "--data-dir", str(folder), "--train-size", "12"]
+    return [*flags, "--batch-size", "5", "--image-size", "40"]
+
+
 # ---------------------------------------------------------------- 1. frozen means frozen
 
 
@@ -43,8 +54,8 @@ def changed(before: dict, after: dict) -> set[str]:
         ([], ["--frozen-batchnorm", "train"]),  # the usual mistake
     ],
 )
-def test_frozen_stages_stay_bit_identical_and_all_of_the_others_moves(run, unfreeze, flags):
-    folder = run("--unfreeze", *unfreeze, *flags, "--epochs", "1", "--image-size", "32")
+def test_frozen_stages_stay_bit_identical_and_all_of_the_others_moves(run, few, unfreeze, flags):
+    folder = run("--unfreeze", *unfreeze, *flags, "--epochs", "1", *few)
     initial = freeze.build("resnet18", 10, seed=0).state_dict()
     learned = set()
     for name in initial:
@@ -62,25 +73,14 @@ def test_frozen_stages_stay_bit_identical_and_all_of_the_others_moves(run, unfre
     "unfreeze, cache",
     [(["layer4"], "host"), slow([], "disk"), slow(["layer3", "layer4"], "host")],
 )
-def test_the_same_losses_with_and_without_the_cache(run, float64, unfreeze, cache):
-    flags = ["--image-size", "32", "--unfreeze", *unfreeze]
-    folder = run(*flags, "--cache", cache)
+def test_the_same_losses_with_and_without_the_cache(run, few, float64, unfreeze, cache):
+    folder = run(*few, "--unfreeze", *unfreeze, "--cache", cache)
     assert {file.name for file in folder.iterdir()} == {"history.csv", "epoch2.pt"}
-    recomputed = history(run(*flags, "--cache", "off"), *LOSSES)
+    recomputed = history(run(*few, "--unfreeze", *unfreeze, "--cache", "off"), *LOSSES)
     torch.testing.assert_close(history(folder, *LOSSES), recomputed, rtol=1e-6, atol=0)
 
 
 # ---------------------------------------------------------------- 3. the textbook computes the same
-
-
-@pytest.fixture
-def pictures(tmp_path) -> Path:
-    """60 pictures to train on and 60 to test on, as files."""
-    folder = tmp_path / "pictures"
-    few = data.stratified_subset(datasets.synthetic("train"), 60, seed=0)
-    write_pictures(folder / "train", few)
-    write_pictures(folder / "test", datasets.synthetic("test"))
-    return folder
 
 
 def exact(images: torch.Tensor) -> torch.Tensor:
@@ -110,32 +110,30 @@ def exact_inputs(float64, monkeypatch):
     "unfreeze, mistake",
     [(["layer4"], False), slow([], False), slow(["layer3", "layer4"], False), slow([], True)],
 )
-def test_the_same_losses_as_the_textbook_script(run, exact_inputs, pictures, unfreeze, mistake):
+def test_the_same_losses_as_the_textbook_script(run, few, exact_inputs, unfreeze, mistake):
     """The same order and flips, PIL pictures one by one, the whole network in every step."""
-    flags = ["--dataset", "folder", "--data-dir", str(pictures), "--unfreeze", *unfreeze]
-    if mistake:
-        flags += ["--frozen-batchnorm", "train"]
-    ours = history(run(*flags), *LOSSES)
+    mode = "train" if mistake else "eval"
+    folder = run(*few, "--unfreeze", *unfreeze, "--frozen-batchnorm", mode)
     usual = textbook.train(
         freeze.build("resnet18", 10, seed=0),
         {stage: freeze.LEARNING_RATES[stage] for stage in [*unfreeze, "fc"]},
-        pictures,
-        [data.epoch_order(60, 0, epoch) for epoch in (1, 2)],
-        image_size=48,
-        batch_size=25,
+        Path(few[3]),
+        [data.epoch_order(12, 0, epoch) for epoch in (1, 2)],
+        image_size=40,
+        batch_size=5,
         mistake=mistake,
         workers=0,
     )
-    for row, expected in zip(ours, usual, strict=True):
+    for row, expected in zip(history(folder, *LOSSES), usual, strict=True):
         assert row == pytest.approx([expected[name] for name in LOSSES], rel=1e-6)
 
 
 # ---------------------------------------------------------------- 4. a run is its settings
 
 
-def test_a_run_is_a_function_of_its_settings_and_a_short_one_the_start_of_a_long_one(run):
-    alone = run("--unfreeze", "layer4", "--epochs", "1")
-    long = run("--unfreeze", "layer4", "--epochs", "2", "1")
+def test_a_run_is_a_function_of_its_settings_and_a_short_one_the_start_of_a_long_one(run, few):
+    flags = [*few, "--unfreeze", "layer4", "--epochs"]
+    alone, long = run(*flags, "1"), run(*flags, "2", "1")
     assert alone.name == long.name  # the length is no part of what a run is
     short_alone, short, end = checkpoint(alone, 1), checkpoint(long, 1), checkpoint(long, 2)
     assert not changed(short_alone["model"], short["model"])
@@ -143,7 +141,7 @@ def test_a_run_is_a_function_of_its_settings_and_a_short_one_the_start_of_a_long
     assert len(short["history"]) == 1 and len(end["history"]) == 2
     assert history(alone, *LOSSES) == history(long, *LOSSES)[:1]
     assert [[row[name] for name in LOSSES] for row in short["history"]] == history(alone, *LOSSES)
-    other = run("--unfreeze", "layer4", "--epochs", "1", "--seed", "1")
+    other = run(*flags, "1", "--seed", "1")
     assert history(other, *LOSSES) != history(alone, *LOSSES)
 
 

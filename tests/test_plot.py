@@ -189,8 +189,7 @@ def test_letters_of_all_languages_are_drawn_with_a_font_that_has_them(
 ):
     one, dog = "\u1d81", "\u72ac"  # STIXGeneral has the first one, DejaVu Sans neither
     (tmp_path / "none.ttf").write_bytes(b"no font")
-    stix = plot.font_manager.findfont("STIXGeneral")
-    fonts = [str(tmp_path / "none.ttf"), stix]
+    fonts = [str(tmp_path / "none.ttf"), plot.font_manager.findfont("STIXGeneral")]
     monkeypatch.setattr(plot.font_manager, "findSystemFonts", lambda: fonts)
     with plot.matplotlib.rc_context():
         plot.find_fonts(["caf\u00e9", one])
@@ -200,6 +199,5 @@ def test_letters_of_all_languages_are_drawn_with_a_font_that_has_them(
         assert capsys.readouterr().out.startswith(f"no font here has {dog}: ")
         figure = plot.pyplot.figure()
         figure.text(0.5, 0.5, one + dog)
-        figure.savefig(tmp_path / "a.png")
-    plot.pyplot.close("all")
+        plot.save(tmp_path / "a.png", lambda: figure)
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
