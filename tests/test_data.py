@@ -76,15 +76,13 @@ def numbered(*counts: int) -> data.Images:
 
 
 def test_a_subset_is_seeded_and_nested_and_keeps_each_image_s_label():
-    images = numbered(*[200] * 10)
-
-    def taken(size: int, seed: int) -> set[int]:
+    images, taken = numbered(*[200] * 10), []
+    for size, seed in [(37, 1), (37, 1), (500, 1), (500, 2)]:
         subset = data.stratified_subset(images, size, seed)
         assert torch.equal(subset.labels, images.labels[subset.pixels])
-        return set(subset.pixels.tolist())
-
-    assert taken(37, 1) == taken(37, 1) < taken(500, 1)
-    assert taken(500, 1) != taken(500, 2) and len(taken(500, 1)) == 500
+        taken.append(set(subset.pixels.tolist()))
+        assert len(taken[-1]) == size
+    assert taken[0] == taken[1] < taken[2] != taken[3]
 
 
 @pytest.mark.parametrize("expected, off", [([60, 30, 10], 2), ([1, 1, 1], 0)])

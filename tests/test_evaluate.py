@@ -151,17 +151,15 @@ def test_class_names_of_every_kind_survive_a_csv_and_a_list_of_mistakes_may_be_e
 
 
 def test_a_picture_is_prepared_as_in_training(finished, probabilities, tmp_path, capsys):
-    """What is said of pictures of the test set is what scoring predicts; and pictures of any size
-    and kind get five classes."""
+    """And pictures of any size and kind get five classes."""
     files = [tmp_path / f"{i}.png" for i in range(8)]
     for pixels, file in zip(datasets.synthetic("test").pixels, files):
         Image.fromarray(pixels.numpy()).save(file)
-    files += [tmp_path / "a b.png", tmp_path / "c.jpg"]
-    Image.new("RGB", (300, 200), "gray").save(files[-2])
-    Image.new("L", (9, 9), 128).save(files[-1])
+    files.append(tmp_path / "a b.jpg")
+    Image.new("L", (300, 200), 128).save(files[-1])
     evaluate.main([str(finished / "epoch2.pt"), "--image", *map(str, files)])
-    checkpoint_line, *lines = without_progress(capsys.readouterr().out)
-    assert checkpoint_line == str(finished / "epoch2.pt") and len(lines) == len(files)
+    lines = without_progress(capsys.readouterr().out)
+    assert lines.pop(0) == str(finished / "epoch2.pt") and len(lines) == len(files)
     for line, predicted in zip(lines, probabilities[:8]):
         assert f": {CLASSES[predicted.argmax()]} {predicted.max():.1%}" in line
     for line, file in zip(lines, files):

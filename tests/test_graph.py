@@ -12,8 +12,7 @@ from torch import nn
 
 from plumbing import graph
 
-ORDINARY, RECORDED = ["ordinary"] * graph.WARM_UP_STEPS, ["recorded"]
-ANEW = ORDINARY + RECORDED
+ANEW = ["ordinary"] * graph.WARM_UP_STEPS + ["recorded"]
 ALPHA = 0.5  # which a step below reads
 RANDOM = np.random.default_rng(0)
 FACTOR = None  # what another step multiplies by
@@ -28,13 +27,10 @@ class Recorder:
 
     def make(self, step=None, optimizer=torch.optim.Adam) -> graph.CudaGraphStep:
         self.optimizer = optimizer(self.model.parameters(), lr=0.1)
+        (self.group,) = self.optimizer.param_groups
         step = step or self.step
         self.call = graph.CudaGraphStep(step, self.model, self.optimizer, self.said.append)
         return self.call
-
-    @property
-    def group(self) -> dict:
-        return self.optimizer.param_groups[0]
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
         rate = self.group["lr"]

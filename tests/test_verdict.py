@@ -1,5 +1,6 @@
 """Which strategy a set of runs speaks for."""
 
+import itertools
 import math
 
 import numpy as np
@@ -82,10 +83,8 @@ def test_what_runs_do_not_tell_is_not_said():
 
 
 def test_the_longest_length_and_the_seeds_that_all_have():
-    runs = []
-    for name in ("fc", "fc+layer4"):
-        for seed in (0, 1, 2):
-            runs += [run(name, right(800), seed, 10), run(name, right(800), seed, 50)]
+    cases = itertools.product(("fc", "fc+layer4"), [right(800)], (0, 1, 2), (10, 50))
+    runs = list(itertools.starmap(run, cases))
     text = said(*runs, run("fc", right(1), 3, 50), run("fc", right(1), 0, 99))
     assert "verdict 50 epochs" in text and "seed 0, 1, 2" in text and "single" not in text
     assert "left out: cats-fc-s3 1 of 7 runs: " in text
@@ -94,9 +93,8 @@ def test_the_longest_length_and_the_seeds_that_all_have():
 
 
 def test_the_same_stages_at_other_rates_are_another_strategy():
-    one = run("fc+layer4", right(800), rates="fc=0.001 layer4=0.0001")
-    other = run("fc+layer4", right(800), rates="fc=0.001 layer4=0.01")
-    assert "fc+layer4 layer4=0.01 over fc+layer4: +0.00" in said(one, other)
+    other = run("fc+layer4", right(900), rates="fc=0.001 layer4=0.01")
+    assert "fc+layer4 layer4=0.01 over fc+layer4: +0.00" in said(LAYER4, other)
 
 
 @pytest.mark.parametrize(
