@@ -115,6 +115,7 @@ def test_augmented_pictures_are_drawn_by_epoch_and_position_alone(images):
 
 
 def test_an_augmentation_that_gives_other_pixels_is_refused(images):
-    inputs = features_of("nothing", images, augment=lambda pixels, _: pixels[:, 1:])
-    with pytest.raises(UserError, match="AUGMENT must give uint8 .8, 32, 32, 3."):
-        next(inputs.batches(8, generator=data.epoch_generator(0, 1, CPU)))
+    for wrong in (lambda pixels, _: pixels / 255, lambda pixels, _: pixels[:, 1:]):
+        inputs = features_of("nothing", images, augment=wrong)
+        with pytest.raises(UserError, match="AUGMENT must give uint8 .8, 32, 32, 3."):
+            next(inputs.batches(8, generator=data.epoch_generator(0, 1, CPU)))
