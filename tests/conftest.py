@@ -82,7 +82,7 @@ def run(tmp_path):
     return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The folder of a finished run of two lengths, never written to by the tests."""
     out = tmp_path_factory.mktemp("finished")

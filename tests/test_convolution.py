@@ -11,22 +11,17 @@ import freeze
 from plumbing import convolution
 from plumbing.convolution import Conv2d, Convolution, use_fast_convolutions
 
+WIDE = 128, 128, 3, 1, 3, 1, "winograd"
 # in, out, height, width, kernel, stride, and the way that is taken
 CASES = [
-    (128, 130, 7, 7, 3, 1, "winograd"),
+    WIDE,
     (129, 128, 5, 9, 3, 1, "winograd"),  # no multiples of a tile
-    (128, 128, 3, 1, 3, 1, "winograd"),
     (128, 128, 2, 2, 3, 1, "product"),
-    (128, 128, 1, 1, 3, 1, "product"),
-    (3, 5, 4, 3, 3, 1, "product"),
     (6, 4, 8, 7, 3, 2, "product"),
     (6, 4, 2, 2, 1, 2, "product"),
     (4, 3, 7, 6, 3, 1, "oneDNN"),  # its weights' gradient is a product
     (4, 3, 14, 13, 3, 2, "oneDNN"),
-    (4, 3, 13, 14, 1, 2, "oneDNN"),
-    (4, 3, 9, 9, 3, 1, "oneDNN"),
     (3, 4, 21, 17, 7, 2, "oneDNN"),
-    (4, 3, 12, 9, 5, 3, "product"),
 ]
 
 
@@ -58,8 +53,7 @@ def test_the_same_outputs_and_gradients_as_conv2d(case):
     gradient = torch.randn_like(expected)
     of_found = torch.autograd.grad(found, (x, weight), gradient)
     of_expected = torch.autograd.grad(expected, (x, weight), gradient)
-    for one, other in zip(of_found, of_expected):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+    torch.testing.assert_close(of_found, of_expected, rtol=0, atol=1e-11)
 
 
 def test_winograd_is_nearly_as_exact_as_conv2d():
@@ -72,13 +66,12 @@ def test_winograd_is_nearly_as_exact_as_conv2d():
 @pytest.mark.parametrize("unneeded", ["input_gradient", "winograd_weight_gradient"])
 def test_a_gradient_that_nobody_needs_is_not_computed(monkeypatch, unneeded):
     monkeypatch.setattr(convolution, unneeded, lambda *_: 1 / 0)
-    x, weight = tensors(CASES[0])
-    needless = {"input_gradient": x, "winograd_weight_gradient": weight}[unneeded]
-    needless.requires_grad_(False)
+    x, weight = tensors(WIDE)
+    {"input_gradient": x, "winograd_weight_gradient": weight}[unneeded].requires_grad_(False)
     Convolution.apply(x, weight, 1).sum().backward()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [1, 3, 7])
 def test_under_autocast_everything_is_in_its_type(size):
     layer = nn.Conv2d(128, 128, 3, padding=1, bias=False)
     fast = fast_copy(layer)
@@ -94,43 +87,40 @@ def test_under_autocast_everything_is_in_its_type(size):
     assert difference.norm() <= 0.02 * layer.weight.grad.norm()
 
 
-LAYERS = {
-    "bias": nn.Conv2d(8, 8, 3, padding=1),
-    "grouped": nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False),
-    "dilated": nn.Conv2d(8, 8, 3, padding=2, dilation=2),
-    "unpadded": nn.Conv2d(8, 8, 3),
-    "even": nn.Conv2d(8, 8, 2, padding=1),
-    "oblong": nn.Conv2d(8, 8, (3, 1), padding=(1, 0)),
-    "two strides": nn.Conv2d(8, 8, 3, stride=(1, 2), padding=1),
-    "named padding": nn.Conv2d(8, 8, 3, padding="same"),
-    "reflected": nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
-}
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_any_layer_gives_what_it_gave(name):
-    layer = LAYERS[name]
-    x = torch.randn(2, 8, 3, 3)
-    fast = fast_copy(layer)
+@pytest.mark.parametrize(
+    "size, settings",
+    [
+        (3, {"padding": 1}),
+        (3, {"padding": 1, "groups": 4, "bias": False}),
+        (3, {"padding": 2, "dilation": 2}),
+        (3, {}),
+        (2, {"padding": 1}),
+        ((3, 1), {"padding": (1, 0)}),
+        (3, {"padding": 1, "stride": (1, 2)}),
+        (3, {"padding": "same"}),
+        (3, {"padding": 1, "padding_mode": "reflect"}),
+    ],
+    ids=str,
+)
+def test_any_layer_gives_what_it_gave(size, settings):
+    layer = nn.Conv2d(8, 8, size, **settings)
+    fast, x = fast_copy(layer), torch.randn(2, 8, 3, 3)
     assert isinstance(fast, Conv2d)
     torch.testing.assert_close(fast(x), layer(x), rtol=1e-5, atol=1e-6)
 
 
+class Own(nn.Conv2d):
+    """A user's own kind of convolution, which is left alone."""
+
+
 def test_a_network_keeps_its_parameters_and_its_answers():
     model = freeze.build("resnet18", 10).eval()
+    model.fc.own = Own(3, 3, 3)
     x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
-    state, expected = model.state_dict(), model(x)
-    use_fast_convolutions(model)
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-    assert all(map(torch.equal, model.state_dict().values(), state.values()))
-    taken = {type(module) for module in model.modules() if isinstance(module, nn.Conv2d)}
-    assert taken == {Conv2d} and list(model.state_dict()) == list(state)
-
-
-def test_a_subclass_of_conv2d_is_left_alone():
-    class Own(nn.Conv2d):
-        pass
-
-    layer = Own(3, 3, 3)
-    use_fast_convolutions(layer)
-    assert type(layer) is Own
+    fast = fast_copy(model)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    state = model.state_dict()
+    assert list(fast.state_dict()) == list(state)
+    assert all(map(torch.equal, fast.state_dict().values(), state.values()))
+    taken = {type(module) for module in fast.modules() if isinstance(module, nn.Conv2d)}
+    assert taken == {Conv2d, Own}

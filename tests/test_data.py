@@ -9,13 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100
 
 import data
-
-# ---------------------------------------------------------------- transforms
 
 
 def random_pixels(height: int, width: int) -> torch.Tensor:
@@ -29,11 +27,8 @@ def test_the_published_transforms(size, off_by_one):
     the next of 256 levels."""
     width, height = size
     pixels = random_pixels(height, width)
-    steps = [
-        transforms.Resize((224, 224)),
-        transforms.ToTensor(),
-        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ]
+    normalize = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    steps = [transforms.Resize((224, 224)), transforms.ToTensor(), normalize]
     textbook = transforms.Compose(steps)
     flips = torch.tensor([True, False, False, True, True, False])
     expected = torch.stack([textbook(Image.fromarray(image.numpy())) for image in pixels])
@@ -52,19 +47,14 @@ def test_the_published_transforms(size, off_by_one):
 def test_other_devices_resize_as_pil_does(monkeypatch):
     """Where there is no uint8 kernel the two passes are rounded one by one; tried on the CPU's
     floats."""
-    pixels = random_pixels(32, 32)
-    expected = data.transform(pixels, 224)
 
     class Elsewhere(torch.Tensor):
         device = SimpleNamespace(type="cuda")
 
-    here = data.mean_and_variance(torch.device("cpu"))
+    pixels, here = random_pixels(32, 32), data.mean_and_variance(torch.device("cpu"))
     monkeypatch.setattr(data, "mean_and_variance", lambda _: here)
-    difference = (data.transform(pixels.as_subclass(Elsewhere), 224) - expected).abs()
-    assert difference.max() < 1e-5
-
-
-# ---------------------------------------------------------------- the order of an epoch
+    found = data.transform(pixels.as_subclass(Elsewhere), 224)
+    assert (found - data.transform(pixels, 224)).abs().max() < 1e-5
 
 
 def test_order_and_flips_come_from_seed_and_epoch_alone():
@@ -72,14 +62,11 @@ def test_order_and_flips_come_from_seed_and_epoch_alone():
     torch.manual_seed(99)
     np.random.seed(99)
     again = data.epoch_order(1000, seed=3, epoch=7)
-    assert torch.equal(order, again[0]) and torch.equal(flips, again[1])
+    assert all(map(torch.equal, (order, flips), again))
     assert sorted(order.tolist()) == list(range(1000)) and 400 < flips.sum() < 600
     for seed, epoch in [(3, 8), (4, 7), (7, 3)]:
         other = data.epoch_order(1000, seed, epoch)
         assert not torch.equal(order, other[0]) and not torch.equal(flips, other[1])
-
-
-# ---------------------------------------------------------------- subsets
 
 
 def numbered(*counts: int) -> data.Images:
@@ -89,22 +76,20 @@ def numbered(*counts: int) -> data.Images:
 
 
 def test_a_subset_is_seeded_and_nested_and_keeps_each_image_s_label():
-    images = numbered(*[200] * 10)
-
-    def taken(size: int, seed: int) -> set[int]:
+    images, taken = numbered(*[200] * 10), []
+    for size, seed in [(37, 1), (37, 1), (500, 1), (500, 2)]:
         subset = data.stratified_subset(images, size, seed)
         assert torch.equal(subset.labels, images.labels[subset.pixels])
-        return set(subset.pixels.tolist())
+        taken.append(set(subset.pixels.tolist()))
+        assert len(taken[-1]) == size
+    assert taken[0] == taken[1] < taken[2] != taken[3]
 
-    assert taken(37, 1) == taken(37, 1) < taken(500, 1)
-    assert taken(500, 1) != taken(500, 2) and len(taken(500, 1)) == 500
 
-
-@pytest.mark.parametrize("size, off", [(100, 2), (3, 0)])
-def test_a_subset_keeps_the_classes_shares_and_one_of_each(size, off):
-    expected = torch.tensor([60, 30, 10] if size == 100 else [1, 1, 1])
-    counts = torch.bincount(data.stratified_subset(numbered(600, 300, 100), size, seed=0).labels)
-    assert (counts - expected).abs().max() <= off and counts.sum() == size
+@pytest.mark.parametrize("expected, off", [([60, 30, 10], 2), ([1, 1, 1], 0)])
+def test_a_subset_keeps_the_classes_shares_and_one_of_each(expected, off):
+    subset = data.stratified_subset(numbered(600, 300, 100), sum(expected), seed=0)
+    counts = torch.bincount(subset.labels)
+    assert (counts - torch.tensor(expected)).abs().max() <= off and counts.sum() == sum(expected)
 
 
 @pytest.mark.parametrize("size", [0, 2, 10])
@@ -113,28 +98,12 @@ def test_a_subset_that_cannot_be(size):
         data.stratified_subset(numbered(3, 3, 3), size, seed=0)
 
 
-# ---------------------------------------------------------------- CIFAR
-
-
-def packed(folder: str, files: dict[str, dict]) -> tuple[bytes, dict[str, str]]:
-    """Pickles in a .tar.gz, and the md5 of each."""
-    archive, sums = io.BytesIO(), {}
-    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-        for name, content in files.items():
-            pickled = pickle.dumps(content)
-            member = tarfile.TarInfo(f"{folder}/{name}")
-            member.size = len(pickled)
-            tar.addfile(member, io.BytesIO(pickled))
-            sums[name] = hashlib.md5(pickled).hexdigest()
-    return archive.getvalue(), sums
-
-
 def planes(seed: int) -> np.ndarray:
     """Four random pictures as CIFAR keeps them: a row of red, green and blue each."""
     return np.random.default_rng(seed).integers(0, 256, (4, 3072), np.uint8)
 
 
-def little_cifar(monkeypatch) -> dict[str, bytes]:
+def little_cifar(monkeypatch) -> list[bytes]:
     """Makes torchvision's CIFAR-10 and CIFAR-100 data sets of a few images; gives both archives."""
     ten = {f"data_batch_{i}": {"data": planes(i), "labels": [0, 1, 2, 3]} for i in range(1, 6)}
     ten["test_batch"] = {"data": planes(6), "labels": [3, 2, 1, 0]}
@@ -144,27 +113,32 @@ def little_cifar(monkeypatch) -> dict[str, bytes]:
         "test": {"data": planes(8), "fine_labels": [1, 1, 1, 1]},
         "meta": {"fine_label_names": [f"class{i}" for i in range(100)]},
     }
-    archives = {}
-    for dataset, files, names in [
-        (torchvision.datasets.CIFAR10, ten, "batches.meta"),
-        (torchvision.datasets.CIFAR100, hundred, "meta"),
-    ]:
-        archive, sums = packed(dataset.base_folder, files)
-        meta = dataset.meta | {"md5": sums.pop(names)}
-        test_list = [[name, md5] for name, md5 in sums.items() if "test" in name]
-        train_list = [[name, md5] for name, md5 in sums.items() if "test" not in name]
-        monkeypatch.setattr(dataset, "tgz_md5", hashlib.md5(archive).hexdigest())
-        monkeypatch.setattr(dataset, "meta", meta)
-        monkeypatch.setattr(dataset, "train_list", train_list)
-        monkeypatch.setattr(dataset, "test_list", test_list)
-        archives[dataset.filename] = archive
+    archives = []
+    for dataset, files in ((CIFAR10, ten), (CIFAR100, hundred)):
+        archive, lists = io.BytesIO(), {"train": [], "test": []}
+        with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+            for name, content in files.items():
+                pickled = pickle.dumps(content)
+                member = tarfile.TarInfo(f"{dataset.base_folder}/{name}")
+                member.size = len(pickled)
+                tar.addfile(member, io.BytesIO(pickled))
+                md5 = hashlib.md5(pickled).hexdigest()
+                if "meta" in name:
+                    monkeypatch.setattr(dataset, "meta", dataset.meta | {"md5": md5})
+                else:
+                    split = "test" if "test" in name else "train"
+                    lists[split].append([name, md5])
+        archives.append(archive.getvalue())
+        monkeypatch.setattr(dataset, "tgz_md5", hashlib.md5(archives[-1]).hexdigest())
+        monkeypatch.setattr(dataset, "train_list", lists["train"])
+        monkeypatch.setattr(dataset, "test_list", lists["test"])
     return archives
 
 
 def test_the_room_alone_downloads_what_is_not_there(server, monkeypatch, tmp_path):
-    archives = little_cifar(monkeypatch)
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"{server.url}/cifar-10-python.tar.gz")
-    server.files = {f"/{name}": content for name, content in archives.items()}
+    ten, _ = little_cifar(monkeypatch)
+    monkeypatch.setattr(CIFAR10, "url", f"{server.url}/cifar-10-python.tar.gz")
+    server.files = {"/cifar-10-python.tar.gz": ten}
     train = data.cifar(tmp_path)
     assert set(server.asked) == {"/cifar-10-python.tar.gz"}
     assert train.pixels.shape == (20, 32, 32, 3) and train.pixels.dtype == torch.uint8

@@ -16,14 +16,12 @@ from plumbing.files import fingerprint
 
 ARCHIVE = "cifar-10-python.tar.gz"
 
-# ---------------------------------------------------------------- CIFAR
-
 
 @pytest.fixture
 def source(monkeypatch, server):
     """CIFAR-10 and CIFAR-100 of a few images, at two mirrors and an official host that all are
     `server`; source.ten and source.hundred are the archives."""
-    server.ten, server.hundred = little_cifar(monkeypatch).values()
+    server.ten, server.hundred = little_cifar(monkeypatch)
     names = {datasets.Zenodo: "mirror1", datasets.BrainChip: "mirror2"}
     for sources in datasets.SOURCES.values():
         for dataset in sources:
@@ -36,22 +34,17 @@ def load(folder: Path, name: str = "cifar10"):
     return datasets.load(name, "train", folder, 224)
 
 
-def test_cifar_comes_from_the_first_mirror_once(source, tmp_path):
+def test_two_runs_that_start_together_download_once_from_the_first_mirror(source, tmp_path):
     source.files["/mirror1"] = source.ten
-    assert load(tmp_path / "new").labels.tolist() == [0, 1, 2, 3] * 5
-    source.files.clear()
-    assert datasets.load("cifar10", "test", tmp_path / "new", 224).labels.tolist() == [3, 2, 1, 0]
-    assert set(source.asked) == {"/mirror1"}
-
-
-def test_two_runs_that_start_together_download_once(source, tmp_path):
-    source.files["/mirror1"] = source.ten
-    threads = [threading.Thread(target=load, args=(tmp_path,)) for _ in range(4)]
+    threads = [threading.Thread(target=load, args=(tmp_path / "new",)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert source.asked == ["/mirror1"] * 2  # torchvision asks first where the address leads
+    assert load(tmp_path / "new").labels.tolist() == [0, 1, 2, 3] * 5
+    assert datasets.load("cifar10", "test", tmp_path / "new", 224).labels.tolist() == [3, 2, 1, 0]
+    assert len(source.asked) == 2
 
 
 def test_cifar_100_comes_from_the_official_host(source, tmp_path):
@@ -63,11 +56,8 @@ def test_cifar_100_comes_from_the_official_host(source, tmp_path):
 @pytest.mark.parametrize("fault", ["missing", "wrong bytes", "cut", "silent"])
 def test_a_mirror_that_fails_is_passed_over(source, tmp_path, monkeypatch, fault):
     monkeypatch.setattr(files, "TIMEOUT_SECONDS", 0.5)
-    source.files = {"/mirror1": source.ten, "/mirror2": source.ten}
-    if fault == "missing":
-        del source.files["/mirror1"]
-    if fault == "wrong bytes":
-        source.files["/mirror1"] = b"<html>a login page</html>"
+    contents = {"missing": None, "wrong bytes": b"<html>a login page</html>"}
+    source.files = {"/mirror1": contents.get(fault, source.ten), "/mirror2": source.ten}
     if fault == "cut":
         source.cut.add("/mirror1")
     if fault == "silent":
@@ -82,18 +72,11 @@ def test_a_mirror_that_fails_is_passed_over(source, tmp_path, monkeypatch, fault
 def test_all_sources_failing_says_which_and_what_to_do(source, tmp_path):
     source.files["/mirror2"] = source.ten
     source.cut.add("/mirror2")
-    with pytest.raises(UserError) as failure:
+    expected = "/mirror1: HTTP Error 404.*/mirror2: File not found or corrupted"
+    expected += f".*/official/{ARCHIVE}: HTTP Error 404"
+    expected += f".*Put that file .md5 {datasets.CIFAR10.tgz_md5}. into {tmp_path / 'new'}"
+    with pytest.raises(UserError, match=f"{expected}.*--dataset synthetic"):  # in one line
         load(tmp_path / "new")
-    message = str(failure.value)
-    for part in (
-        "/mirror1: HTTP Error 404",
-        "/mirror2: File not found or corrupted",
-        f"/official/{ARCHIVE}: HTTP Error 404",
-        f"Put that file (md5 {datasets.CIFAR10.tgz_md5}) into {tmp_path / 'new'}",
-        "--dataset synthetic",
-    ):
-        assert part in message
-    assert "\n" not in message
 
 
 def test_what_is_there_is_used_and_what_is_damaged_is_made_anew(source, tmp_path):
@@ -112,12 +95,9 @@ def test_what_is_there_is_used_and_what_is_damaged_is_made_anew(source, tmp_path
 
 def test_a_picture_folder_is_no_place_to_download_cifar_to(source, tmp_path):
     (tmp_path / "Training").mkdir()
-    with pytest.raises(UserError, match="--dataset folder was probably meant") as failure:
+    with pytest.raises(UserError, match=f"{tmp_path}.*--dataset folder was probably meant"):
         load(tmp_path)
-    assert str(tmp_path) in str(failure.value) and not source.asked
-
-
-# ---------------------------------------------------------------- a checkpoint's test set
+    assert not source.asked
 
 
 def test_the_last_test_set_is_kept_for_the_next_checkpoint(monkeypatch, tmp_path, capsys):
@@ -145,12 +125,12 @@ def test_the_last_test_set_is_kept_for_the_next_checkpoint(monkeypatch, tmp_path
     assert "not the test pictures that the run was tested on" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- drawn pictures
-
-
-@pytest.mark.parametrize("draw", [synthetic, synthetic_other])
-def test_drawn_pictures_are_balanced_and_no_colour_gives_a_class_away(draw):
+@pytest.mark.parametrize("draw, mean", [(synthetic, 140.43), (synthetic_other, 126.26)])
+def test_drawn_pictures_are_always_the_same_and_no_colour_gives_a_class_away(draw, mean):
+    """Published losses depend on them."""
     train, test = draw("train"), draw("test")
+    assert test.pixels[-1].float().mean().item() == pytest.approx(mean, abs=0.02)
+    assert torch.equal(draw("test").pixels, test.pixels)
     assert train.pixels.shape == (2000, 32, 32, 3) and train.pixels.dtype == torch.uint8
     assert torch.bincount(train.labels).tolist() == [200] * 10 and len(train.classes) == 10
     assert torch.bincount(test.labels).tolist() == [50] * 10 and test.classes == train.classes
@@ -159,10 +139,3 @@ def test_drawn_pictures_are_balanced_and_no_colour_gives_a_class_away(draw):
     colours = train.pixels.float().mean((1, 2))
     of_classes = torch.stack([colours[train.labels == label].mean(0) for label in range(10)])
     assert of_classes.std(0).max() < 0.3 * colours.std(0).min()
-
-
-@pytest.mark.parametrize("draw, mean", [(synthetic, 140.43), (synthetic_other, 126.26)])
-def test_drawn_pictures_are_the_same_in_every_version(draw, mean):
-    """Published losses depend on them."""
-    assert draw("test").pixels[-1].float().mean().item() == pytest.approx(mean, abs=0.02)
-    assert torch.equal(draw("test").pixels, draw("test").pixels)

@@ -12,10 +12,10 @@ from torch import nn
 
 from plumbing import graph
 
-ORDINARY, RECORDED = ["ordinary"] * graph.WARM_UP_STEPS, ["recorded"]
-ANEW = ORDINARY + RECORDED
+ANEW = ["ordinary"] * graph.WARM_UP_STEPS + ["recorded"]
 ALPHA = 0.5  # which a step below reads
 RANDOM = np.random.default_rng(0)
+FACTOR = None  # what another step multiplies by
 
 
 class Recorder:
@@ -24,10 +24,16 @@ class Recorder:
     def __init__(self):
         self.recorded, self.sums, self.kinds, self.said = None, [], [], []
         self.model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.1)
+
+    def make(self, step=None, optimizer=torch.optim.Adam) -> graph.CudaGraphStep:
+        self.optimizer = optimizer(self.model.parameters(), lr=0.1)
+        (self.group,) = self.optimizer.param_groups
+        step = step or self.step
+        self.call = graph.CudaGraphStep(step, self.model, self.optimizer, self.said.append)
+        return self.call
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = self.group["lr"]
 
         def add():
             self.sums.append((float(x.sum()), float(y.sum()), round(float(rate), 6)))
@@ -39,12 +45,6 @@ class Recorder:
             self.kinds.append("recorded")
             self.recorded.append(add)
 
-    def make(self, step=None, optimizer=None) -> graph.CudaGraphStep:
-        self.optimizer = optimizer or self.optimizer
-        made = graph.CudaGraphStep(step or self.step, self.model, self.optimizer, self.said.append)
-        self.call = made
-        return made
-
     def run(self, count: int) -> list[str]:
         """Calls the step, and gives what kinds of steps that came to."""
         before = len(self.kinds)
@@ -52,15 +52,11 @@ class Recorder:
             self.call(torch.ones(4, 2), torch.ones(4))
         return self.kinds[before:]
 
-    def sgd(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.model.parameters(), lr=0.1)
-
 
 @pytest.fixture
 def recorder(monkeypatch):
     """torch.cuda's graphs and streams, played by lists."""
-    recorder = Recorder()
-    warmed_up_on = []
+    recorder, warmed_up_on = Recorder(), []
 
     class Graph:
         def replay(self):
@@ -87,32 +83,26 @@ def recorder(monkeypatch):
         warnings.warn("the mode does not yet detect all synchronizing operations", stacklevel=1)
 
     main = Stream()
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    monkeypatch.setattr(torch.cuda, "stream", on_stream)
-    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    played = {"CUDAGraph": Graph, "graph": record, "Stream": Stream, "stream": on_stream}
+    played |= {"current_stream": lambda: main, "get_sync_debug_mode": lambda: 0}
+    for name, player in (played | {"set_sync_debug_mode": set_mode}).items():
+        monkeypatch.setattr(torch.cuda, name, player)
     return recorder
 
 
 def test_every_batch_counts_once_and_is_recorded_once(recorder):
-    batches = [(torch.full((4, 2), float(i)), torch.full((4,), i)) for i in range(1, 9)]
-    batches[4] = (torch.full((3, 2), 5.0), torch.full((3,), 5))  # an odd last batch; more epochs
-    step = recorder.make()
+    step, batches = recorder.make(), []
+    for number in range(1, 9):
+        size = 3 if number == 5 else 4  # an odd last batch, and another epoch
+        x = torch.full((size, 3, 2, 2), float(number)).to(memory_format=torch.channels_last)
+        batches.append((x, torch.full((size,), number)))
     for x, y in batches:
         step(x, y)
         x.zero_()  # what was handed over may change
-    expected = [(8.0 * i, 4.0 * i, 0.1) for i in range(1, 9)]
-    expected[4] = (30.0, 15.0, 0.1)
+    expected = [(48.0 * number, 4.0 * number, 0.1) for number in range(1, 9)]
+    expected[4] = (180.0, 15.0, 0.1)
     assert recorder.kinds == ANEW + ["ordinary"] and recorder.sums == expected
     assert not any(x.any() for x, _ in batches)  # nothing has been written into them
-
-
-def test_the_layout_of_the_inputs_is_kept(recorder):
-    step = recorder.make()
-    step(torch.rand(2, 4, 5, 6).to(memory_format=torch.channels_last), torch.ones(2))
     assert step.inputs[0].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -126,23 +116,23 @@ def test_a_rate_that_changes_is_taken_without_a_new_record(recorder):
         assert not recorder.run(1)
         scheduler.step()
     assert [rate for _, _, rate in recorder.sums[-4:]] == [0.1, 0.1, 0.05, 0.025]
-    assert isinstance(recorder.optimizer.param_groups[0]["lr"], float)
+    assert isinstance(recorder.group["lr"], float)
 
 
 def test_what_changes_in_every_step_is_not_recorded_again_and_again(recorder):
-    recorder.make(optimizer=recorder.sgd())
+    recorder.make(optimizer=torch.optim.SGD)
     for number in range(40):
         recorder.run(1)
         if number > graph.WARM_UP_STEPS:
-            recorder.optimizer.param_groups[0]["lr"] *= 0.9
+            recorder.group["lr"] *= 0.9
     assert recorder.kinds.count("recorded") <= 3 and len(recorder.sums) == 40
     assert recorder.sums[-1][2] == round(0.1 * 0.9 ** (39 - graph.WARM_UP_STEPS - 1), 6)
     assert "changes too often" in recorder.said[0]
 
 
 CHANGES = {
-    "SGD's rate": lambda recorder, _: recorder.optimizer.param_groups[0].update(lr=0.05),
-    "weight decay": lambda recorder, _: recorder.optimizer.param_groups[0].update(weight_decay=0.1),
+    "a rate": lambda recorder, _: recorder.group.update(lr=0.05),
+    "weight decay": lambda recorder, _: recorder.group.update(weight_decay=0.1),
     "what learns": lambda recorder, _: recorder.model[0].requires_grad_(False),
     "mode": lambda recorder, _: recorder.model.eval(),
     "a module's number": lambda recorder, _: setattr(recorder.model[1], "momentum", 0.2),
@@ -150,46 +140,45 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_a_record_depends_on_makes_a_new_one(recorder, monkeypatch, change):
-    optimizer = recorder.optimizer
-    if change == "SGD's rate":  # which is no tensor
-        optimizer = recorder.sgd()
-    recorder.make(lambda x, y: recorder.step(x * read_by_a_function(), y), optimizer)
-    recorder.run(graph.WARM_UP_STEPS + 3)
-    CHANGES[change](recorder, monkeypatch)
-    assert recorder.run(graph.WARM_UP_STEPS + 5) == ANEW
-    alpha, rate = recorder.sums[-1][0] / 8, recorder.sums[-1][2]
-    assert alpha == ALPHA and rate == recorder.optimizer.param_groups[0]["lr"]
-
-
 def read_by_a_function() -> float:
     return ALPHA
 
 
-def waits(x: torch.Tensor) -> torch.Tensor:
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_record_depends_on_makes_a_new_one(recorder, monkeypatch, change):
+    """Of SGD, whose rate is no tensor."""
+    recorder.make(lambda x, y: recorder.step(x * read_by_a_function(), y), torch.optim.SGD)
+    recorder.run(graph.WARM_UP_STEPS + 3)
+    CHANGES[change](recorder, monkeypatch)
+    assert recorder.run(graph.WARM_UP_STEPS + 5) == ANEW
+    alpha, rate = recorder.sums[-1][0] / 8, recorder.sums[-1][2]
+    assert alpha == ALPHA and rate == recorder.group["lr"]
+
+
+def waits() -> float:
     """As GradScaler does for SGD. item() in a recording would end all use of the GPU."""
     warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-    return x
+    return 1.0
 
 
 DRAWS, WAITS = "it draws random numbers on the CPU", "it waits for the device, as item()"
 
 
 @pytest.mark.parametrize(
-    "step_of, why",
+    "factor, why",
     [
-        (lambda run: lambda x, y: run(x * random.random(), y), DRAWS),
-        (lambda run: lambda x, y: run(x * np.random.random(), y), DRAWS),  # as mixup does
-        (lambda run: lambda x, y: run(x * torch.rand(1), y), DRAWS),
-        (lambda run: lambda x, y: run(x * RANDOM.beta(2, 2), y), DRAWS),
-        (lambda run: lambda x, y: run(waits(x), y), WAITS),
+        (lambda: random.random(), DRAWS),
+        (lambda: np.random.random(), DRAWS),  # as mixup does
+        (lambda: torch.rand(1), DRAWS),
+        (lambda: RANDOM.beta(2, 2), DRAWS),
+        (lambda: waits(), WAITS),
     ],
     ids=["random", "numpy", "torch", "a generator of the module", "waits"],
 )
 @pytest.mark.filterwarnings("ignore:called a synchronizing")
-def test_a_step_that_draws_on_the_cpu_or_waits_is_not_recorded(recorder, step_of, why):
-    recorder.make(step_of(recorder.step))
+def test_a_step_that_draws_on_the_cpu_or_waits_is_not_recorded(recorder, monkeypatch, factor, why):
+    monkeypatch.setitem(globals(), "FACTOR", factor)
+    recorder.make(lambda x, y: recorder.step(x * FACTOR(), y))
     assert recorder.run(10) == ["ordinary"] * 10
     (line,) = recorder.said
     assert line.startswith(f"graph    left out, every step is launched anew: {why}")

@@ -1,6 +1,6 @@
 """How far the features and the weights moved."""
 
-import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,51 +26,49 @@ def test_cka_is_one_for_what_is_rotated_and_else_what_its_gram_matrices_say():
 
 
 @pytest.fixture
-def copied(finished, tmp_path):
-    """The longer checkpoint of a copy of that run, to write beside."""
-    shutil.copytree(finished, tmp_path / "copied")
-    return tmp_path / "copied/epoch2.pt"
+def changed(finished, tmp_path):
+    """changed("settings", precision="bf16"): a copy of the longer checkpoint, with that changed."""
+
+    def changed(part: str, **values) -> Path:
+        saved = checkpoint(finished)
+        saved[part] |= values
+        torch.save(saved, tmp_path / "epoch2.pt")
+        return tmp_path / "epoch2.pt"
+
+    return changed
 
 
-def test_how_far_the_features_moved_is_written_beside_the_checkpoint(finished, copied, capsys):
+def test_how_far_the_features_moved_is_written_beside_the_checkpoint(changed, capsys, monkeypatch):
+    """In the precision of the training."""
+    images = data.stratified_subset(datasets.synthetic("test"), 12, seed=0)
+    monkeypatch.setattr(datasets, "synthetic", lambda _: images)
+    copied = changed("settings")
     representations.main([str(copied)])
-    (row,) = rows(copied.parent / "epoch2.representations.csv")
-    pixels, features, layers = datasets.synthetic("test").pixels, [], []
-    for model in (load_model(checkpoint(finished)).model, freeze.build("resnet18", 10)):
+    (row,) = rows(copied.with_suffix(".representations.csv"))
+    features, layers = [], []
+    for model in (load_model(checkpoint(copied.parent)).model, freeze.build("resnet18", 10)):
         model.fc = torch.nn.Identity()
         with torch.no_grad():
-            features.append(model.eval()(data.transform(pixels, 48)).double())
+            features.append(model.eval()(data.transform(images.pixels, 48)).double())
             layers.append(torch.cat([part.flatten() for part in model.layer4.parameters()]))
+    cka = float(row["cka"])
     assert row["stage"] == "layer4"
-    assert float(row["cka"]) == pytest.approx(representations.linear_cka(*features), abs=1e-5)
-    assert f"layer4   CKA {float(row['cka']):.4f}, weights moved by" in capsys.readouterr().out
+    assert cka == pytest.approx(representations.linear_cka(*features), abs=1e-5)
+    assert f"layer4   CKA {cka:.4f}, weights moved by" in capsys.readouterr().out
     moved = (layers[0] - layers[1]).norm() / layers[1].norm()
     assert float(row["drift"]) == pytest.approx(moved.item(), rel=1e-4)
+    representations.main([str(changed("settings", precision="bf16"))])
+    (row,) = rows(copied.with_suffix(".representations.csv"))
+    assert cka != float(row["cka"]) == pytest.approx(cka, abs=0.02)
 
 
-def test_cka_computes_in_the_precision_of_the_training(copied):
-    values = []
-    for precision in ("fp32", "bf16"):
-        saved = checkpoint(copied.parent)
-        saved["settings"]["precision"] = precision
-        torch.save(saved, copied)
-        representations.main([str(copied)])
-        values += [float(row["cka"]) for row in rows(copied.with_suffix(".representations.csv"))]
-    assert values[0] != values[1] == pytest.approx(values[0], abs=0.02)
-
-
-def test_cka_refuses_other_weights_than_those_the_run_began_with(copied, capsys):
-    saved = checkpoint(copied.parent)
-    saved["settings"]["initial_network"] = "0"
-    torch.save(saved, copied)
+def test_cka_refuses_other_weights_than_those_the_run_began_with(changed, capsys):
+    copied = changed("settings", initial_network="0")
     line = complaint(representations.main, [copied], capsys)
     assert "none is not what the run began with" in line
     assert not copied.with_suffix(".representations.csv").exists()
 
 
-def test_cka_looks_for_the_test_set_where_it_is_told(copied, tmp_path, capsys):
-    saved = checkpoint(copied.parent)
-    saved["metadata"]["dataset"] = "folder"
-    torch.save(saved, copied)
-    words = [copied, "--data-dir", tmp_path / "nowhere"]
+def test_cka_looks_for_the_test_set_where_it_is_told(changed, tmp_path, capsys):
+    words = [changed("metadata", dataset="folder"), "--data-dir", tmp_path / "nowhere"]
     assert str(tmp_path / "nowhere") in complaint(representations.main, words, capsys)

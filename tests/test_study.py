@@ -1,16 +1,14 @@
-"""The usual script and the benchmark, on little work."""
+"""The benchmark and the study's own pictures, on little work."""
 
 import csv
 import time
 
 import pytest
-import torch
 from conftest import ROOT, rows
-from torch import nn
+from test_plot import VARIANTS, accuracy, labelled, made_up_study, write
 
-import data
-import freeze
-from study import benchmark, textbook
+import plot
+from study import benchmark, pictures
 
 LITTLE = ("--dataset", "synthetic", "--weights", "none", "--image-size", "32", "--train-size", "40")
 LITTLE += ("--batch-size", "16", "--precision", "fp32", "--device", "cpu")
@@ -19,9 +17,6 @@ COLUMNS = {
     *("images_per_second", "projected_10_epochs", "projected_50_epochs"),
     *("peak_host_bytes", "peak_device_bytes", "train_loss", "test_accuracy"),
 }
-
-
-# ---------------------------------------------------------------- the benchmark
 
 
 @pytest.mark.slow
@@ -33,12 +28,10 @@ def test_all_four_learn_the_same_and_are_written_down(tmp_path, capsys):
     assert set(table[0]) == COLUMNS
     assert [row["variant"] for row in table] == list(benchmark.VARIANTS)
     for row in table:
-        number = {name: float(row[name]) for name in COLUMNS - {"strategy", "variant"}}
-        loss = float(table[0]["train_loss"])
-        assert number["train_loss"] == pytest.approx(loss, rel=2e-3)
-        assert 10 * number["seconds_per_epoch"] < number["projected_10_epochs"]
-        assert number["peak_host_bytes"] > 1e8 and number["peak_device_bytes"] == 0
-        assert (number["fill_seconds"] > 0.01) == (row["variant"] == "ours")
+        assert float(row["train_loss"]) == pytest.approx(float(table[0]["train_loss"]), rel=2e-3)
+        assert 10 * float(row["seconds_per_epoch"]) < float(row["projected_10_epochs"])
+        assert float(row["peak_host_bytes"]) > 1e8 and float(row["peak_device_bytes"]) == 0
+        assert (float(row["fill_seconds"]) > 0.01) == (row["variant"] == "ours")
     assert "40 of 2,000 train and 10 of 60 test images" in out
     assert max(map(len, out.splitlines()[1:])) <= 80 and "\r" not in out
     assert all(f"\n{variant} " in out for variant in benchmark.VARIANTS)
@@ -48,50 +41,34 @@ def measured(seconds: float) -> dict[str, float]:
     """What a variant gives, made up."""
     result = dict.fromkeys(("train_loss", "test_accuracy", "peak_host_bytes"), 1.0)
     result |= {"fill_seconds": 3.0, "seconds_per_epoch": seconds, "eval_seconds": 1.0}
-    return result | {
-        "peak_device_bytes": 0,
-        "measured_seconds": 15.0,
-        "read_seconds": 0.5,
-        "wall_seconds": 20.0,
-    }
+    result |= {"peak_device_bytes": 0, "measured_seconds": 15.0}
+    return result | {"read_seconds": 0.5, "wall_seconds": 20.0}
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """A benchmark in which the textbook takes 2 s an epoch and ours half a second. Gives the list
-    of what was measured; a variant in `quick.stops` is stopped."""
-
-    class Asked(list):
-        stops = ()
-
-    asked = Asked()
+def test_what_was_measured_is_kept_and_the_four_runs_are_compared(monkeypatch, tmp_path, capsys):
+    """The textbook takes 2 s an epoch and ours half a second; Ctrl-C ends the second benchmark."""
+    asked, stops = [], []
 
     def measure(variant, root, strategy, args):
-        if variant in asked.stops:
+        if variant in stops:
             raise KeyboardInterrupt
         asked.append((strategy, variant))
         return measured({"ours": 0.5}.get(variant, 2.0))
 
     monkeypatch.setattr(benchmark, "measure", measure)
-    return asked
-
-
-def test_all_strategies_are_measured_and_the_four_runs_compared(quick, tmp_path, capsys):
-    benchmark.main([*LITTLE, "--csv", str(tmp_path / "speed.csv")])
+    words = [*LITTLE, "--csv", str(tmp_path / "speed.csv")]
+    benchmark.main(words)
     expected = [(s, variant) for s in benchmark.STRATEGIES for variant in benchmark.VARIANTS]
     table = rows(tmp_path / "speed.csv")
-    assert quick == expected == [(row["strategy"], row["variant"]) for row in table]
+    assert asked == expected == [(row["strategy"], row["variant"]) for row in table]
     ten, fifty = (float(table[4][f"projected_{epochs}_epochs"]) for epochs in (10, 50))
     usual, here = 2 * (ten + fifty), 2 * float(table[7]["projected_50_epochs"])
     out = capsys.readouterr().out
     assert f"{usual:,.0f} s the textbook's way, {here:,.0f} s here" in out
     assert f"{usual / here:.1f} times as fast" in out
-
-
-def test_a_benchmark_that_is_stopped_keeps_what_it_has(quick, tmp_path):
-    quick.stops = ("ours-nocache",)
+    stops.append("ours-nocache")
     with pytest.raises(KeyboardInterrupt):
-        benchmark.main([*LITTLE, "--strategies", "fc", "--csv", str(tmp_path / "speed.csv")])
+        benchmark.main(words)
     table = rows(tmp_path / "speed.csv")
     assert [row["variant"] for row in table] == ["textbook", "textbook-tuned"]
 
@@ -125,40 +102,47 @@ def test_committed_figures_have_the_columns_of_the_table(file):
         assert set(next(csv.reader(opened))) == COLUMNS
 
 
-# ---------------------------------------------------------------- the usual script
-
-
 @pytest.fixture
-def pictures(tmp_path):
-    """root/train and root/test of two classes, four random pictures of 32x32 each."""
-    pixels = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8)
-    images = data.Images(pixels, torch.tensor([0, 1] * 4), ("cat", "dog"))
-    for split in ("train", "test"):
-        benchmark.write_pictures(tmp_path / split, images)
-    return tmp_path
+def study(tmp_path):
+    return made_up_study(tmp_path)
 
 
-def test_an_index_past_the_end_is_the_mirror_image(pictures):
-    images = textbook.Pictures(pictures / "train", 48)
-    assert len(images) == 8
-    for i in (0, 5):
-        image, label = images[i]
-        mirrored, same = images[i + 8]
-        assert torch.equal(image.flip(2), mirrored) and label == same == i // 4
+def test_a_sweep_takes_runs_of_one_length_and_all_else_equal(study):
+    study.add("fc+layer4", 2, size=50, image_size=64)
+    axis = pictures.sweep(plot.read(study.folder), "train_images", "training images").axes[0]
+    labels = [container.get_label() for container in axis.containers]
+    assert labels == [f"{name}, 2 epochs" for name in (*plot.STRATEGIES, *VARIANTS)]
+    x, y = axis.containers[1].lines[0].get_data()
+    expected = [accuracy("fc+layer4", 2, 0.5, size) for size in (100, 1000)]
+    assert list(x) == [100, 1000] and y == pytest.approx(expected)
+    assert pictures.sweep(study.largest(), "train_images", "training images") is None
 
 
-@pytest.mark.parametrize("mistake", [False, True])
-def test_frozen_stays_frozen_except_by_the_usual_mistake(pictures, mistake):
-    model = freeze.build("resnet18", 2)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    epochs = [(torch.randperm(8), torch.rand(8) < 0.5)]
-    how = {"mistake": mistake, "workers": 0}
-    (row,) = textbook.train(model, {"fc": 1e-3}, pictures, epochs, 32, 4, **how)
-    after = model.state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    expected = {"fc.weight", "fc.bias"}
-    for name, module in model.named_modules():
-        if mistake and isinstance(module, nn.BatchNorm2d):
-            expected |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers()}
-    assert changed == expected
-    assert 0 < row["train_loss"] < 10 and 0 < row["train_seconds"] < row["seconds"]
+def test_the_drift_has_a_line_for_each_stage_and_rate(study):
+    lines = labelled(pictures.drift(plot.read(study.folder)).axes[0])
+    assert list(lines) == [
+        "layer3 at 1e-05, fc+layer3+layer4, 1,000 images",
+        "layer4 at 0.0001, fc+layer3+layer4, 1,000 images",
+        "layer4 at 0.0001, fc+layer4, 1,000 images",
+        "layer4 at 0.0001, fc+layer4, usual mistake, 1,000 images",
+        "layer4 at 0.01, fc+layer4, 1,000 images",
+    ]
+    assert [len(line.get_xdata()) for line in lines.values()] == [4, 4, 4, 2, 2]
+
+
+def test_the_race_is_the_longest_run_s_accuracy_by_each_script_s_seconds(study):
+    file, runs = study.folder / "benchmark.csv", plot.read(study.folder)
+    assert pictures.race(runs, file) is None
+    table = []
+    for variant, ten, fifty in [("textbook", 100, 500), ("textbook-tuned", 9, 9), ("ours", 20, 60)]:
+        row = {"strategy": "fc+layer4", "variant": variant}
+        table.append(row | {"projected_10_epochs": ten, "projected_50_epochs": fifty})
+    write(file, table)
+    lines = labelled(pictures.race(runs, file).axes[0])
+    assert list(lines) == ["fc+layer4, textbook", "fc+layer4, ours"]
+    expected = [accuracy("fc+layer4", epoch, 0, 1000) for epoch in (1, 2, 3, 4)]
+    for line, seconds in zip(lines.values(), ([10, 20, 30, 40], [11, 12, 13, 14])):
+        assert list(line.get_xdata()) == seconds
+        assert line.get_ydata() == pytest.approx(expected)
+    write(file, [row | {"strategy": "fc+layer2"} for row in table])
+    assert pictures.race(runs, file) is None
