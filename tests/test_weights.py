@@ -117,7 +117,7 @@ NO_NUMBERS = "holds values that are no finite numbers"
         (without("conv1.weight", "running_var"), "is no resnet18: it lacks conv1.weight, bn1.runn"),
         (get_model("squeezenet1_1").state_dict(), "is no resnet18: it lacks conv1.weight"),
         (get_model("resnet34").state_dict(), "is no resnet18: it has layer1.2.conv1.weight"),
-        (STATE | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, "is no .*conv1.weight.* 64, 1, 7"),
+        (STATE | {"conv1.weight": torch.zeros(64, 1, 7, 7)}, "is no .*conv1.weight.*64, 1, 7"),
         (STATE | {"conv1.weight": NAN}, f"is broken: conv1.weight {NO_NUMBERS}"),
         (STATE | {"bn1.bias": INFINITE}, f"is broken: bn1.bias {NO_NUMBERS}"),
         (["conv1.weight"], "holds no weights but a list"),
