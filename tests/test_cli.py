@@ -30,9 +30,6 @@ command(main, "stopped", "full")
 """
 
 
-# ---------------------------------------------------------------- when nobody reads
-
-
 @pytest.mark.slow
 def test_a_command_whose_reader_leaves_goes_on_and_spells_all_names_in_ascii(tmp_path):
     name = "F\u00fcchse \u732b ".encode() + b"caf\xe9"
@@ -84,8 +81,6 @@ def test_no_stream_and_a_notebook_s_are_written_to_as_they_are():
     assert inner.getvalue() == "\u732b\n"
 
 
-# ---------------------------------------------------------------- how it ends
-
 FULL_DISK = OSError(28, "No space left on device")
 
 
@@ -120,9 +115,6 @@ def test_names_that_cannot_be_spelled_are_escaped(encoding, name, shown):
     assert stream.encoding == encoding and not stream.isatty()
 
 
-# ---------------------------------------------------------------- files by name
-
-
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     for name in ("b/epoch1.pt", "a/epoch1.pt", "a/epoch2.pt", "photo[1].png", "photo1.png"):
@@ -152,9 +144,6 @@ def test_home_is_spelled_out_in_flags(place):
     args = flags.parse("", train.RECIPE, words)
     assert (args.data_dir, args.out) == (place / "x", place / "y")
     assert args.weights == str(place / "z.pth")
-
-
-# ---------------------------------------------------------------- progress
 
 
 @pytest.fixture

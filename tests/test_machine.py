@@ -133,9 +133,6 @@ def test_autocast_computes_in_the_precision(precision):
     assert product.dtype == machine.PRECISIONS[precision]
 
 
-# ---------------------------------------------------------------- memory
-
-
 @pytest.mark.parametrize(
     "error, full",
     [
@@ -213,9 +210,6 @@ def test_windows_tells_what_is_free(monkeypatch):
 def test_what_this_machine_is_called_and_the_memory_that_was_in_use():
     assert re.fullmatch(r"\S.* cpu \(\d+ threads\)", machine.device_name(CPU))
     assert 1e8 < machine.peak_host_bytes() < 1e12
-
-
-# ---------------------------------------------------------------- another system
 
 
 NOWHERE = """

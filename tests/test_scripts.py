@@ -10,38 +10,32 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FAKE = """#!/bin/sh
+FAKE = """#!/bin/bash
 # Answers -c (is all installed?), makes a virtual environment of itself, and notes anything else,
 # a line a call, with quotes around what has a space in it.
-note() {
-    line=
-    for word; do
-        case "$word" in *" "*) word="'$word'" ;; esac
-        line="$line $word"
-    done
-    if [ -n "$CUDA_VISIBLE_DEVICES" ]; then
-        line=" gpu $CUDA_VISIBLE_DEVICES${RUNS_ON_GPU:+ of $RUNS_ON_GPU}:$line"
-        echo "    1/50        0.5    80.00%"
-    fi
-    echo "${line# }" >> "$LOG"
-}
-case "$1" in
-    -c) exit ANSWER ;;
-    -m) note "$@"
-        [ "$2" != "$FAIL_MODULE" ] || exit 1
-        if [ "$2" = venv ]; then
-            made="$4/${VENV_BIN:-bin}/python"
-            mkdir -p "$(dirname "$made")"
-            sed 's/exit 1 ;;/exit 0 ;;/' "$0" > "$made"
-            chmod +x "$made"
-        fi ;;
-    *) note "$@"
-       if [ -n "$FOREVER" ]; then
-           trap 'sleep 0.2; echo stopped >> "$LOG"; exit 143' TERM
-           while :; do sleep 0.05; done
-       fi
-       case "$*" in *"$FAIL"*) [ -z "$FAIL" ] || exit 3 ;; esac ;;
-esac
+[ "$1" != -c ] || exit ANSWER
+line=
+for word; do
+    [[ $word != *" "* ]] || word="'$word'"
+    line+=" $word"
+done
+if [ "$CUDA_VISIBLE_DEVICES" ]; then
+    line=" gpu $CUDA_VISIBLE_DEVICES${RUNS_ON_GPU:+ of $RUNS_ON_GPU}:$line"
+    echo "    1/50        0.5    80.00%"
+fi
+echo "${line# }" >> "$LOG"
+if [ "$FAIL" ] && [[ $* = *"$FAIL"* ]]; then
+    exit 3
+fi
+if [ "$2" = venv ]; then
+    made="$4/${VENV_BIN:-bin}/python"
+    install -D "$0" "$made"
+    sed -i 's/exit 1$/exit 0/' "$made"
+fi
+if [ "$FOREVER" ]; then
+    trap 'sleep 0.2; echo stopped >> "$LOG"; exit 143' TERM
+    while :; do sleep 0.05; done
+fi
 """
 
 
@@ -85,14 +79,6 @@ def nothing_installed(scripts, tmp_path):
     return scripts
 
 
-@pytest.fixture
-def pretrained(tmp_path):
-    """What the demo's pretraining leaves."""
-    file = tmp_path / "results/demo/pretraining/a run/epoch5.pt"
-    file.parent.mkdir(parents=True)
-    file.write_text("weights")
-
-
 # ---------------------------------------------------------------- run_all.sh
 
 
@@ -122,13 +108,18 @@ def test_run_all_compares_what_is_in_its_folder(scripts, tmp_path):
     assert all("--out 'my results' --resume" in line for line in runs)
 
 
-def test_run_all_with_seeds_and_the_baseline(scripts):
+def test_run_all_with_seeds_and_the_baseline_stops_at_a_run_that_fails(scripts):
     _, (*runs, _, _) = scripts("run_all.sh", SEEDS="3 4", WITH_FC="1")
     assert runs[0] == "train.py --unfreeze --epochs 10 50 --seed 3 --out results --resume"
     assert [line.split()[-4] for line in runs] == ["3", "3", "3", "4", "4", "4"]
+    done, log = scripts("run_all.sh", FAIL="--unfreeze layer3", SEEDS="3 4")
+    assert done.returncode == 3 and len(log) == 2
 
 
-def test_the_demo_pretrains_on_other_pictures_and_goes_on_from_that(scripts, tmp_path, pretrained):
+def test_the_demo_pretrains_on_other_pictures_and_goes_on_from_that(scripts, tmp_path):
+    trained = tmp_path / "results/demo/pretraining/a run/epoch5.pt"
+    trained.parent.mkdir(parents=True)
+    trained.write_text("weights")
     done, log = scripts("run_all.sh", "--demo", "--device", "cpu", "--tag", "smooth")
     assert done.returncode == 0, done.stderr
     pretraining, *runs, compared, drawn = log
@@ -145,11 +136,6 @@ def test_the_demo_pretrains_on_other_pictures_and_goes_on_from_that(scripts, tmp
     assert "prove nothing" in done.stdout.splitlines()[-1]
     _, log = scripts("run_all.sh", "--demo", "--tag=other")  # what is pretrained stays
     assert len(log) == 5 and all(" --tag other " in line for line in log[:3])
-
-
-def test_run_all_stops_at_a_run_that_fails(scripts):
-    done, log = scripts("run_all.sh", FAIL="--unfreeze layer3")
-    assert done.returncode == 3 and len(log) == 2
 
 
 @pytest.mark.parametrize("gpus", [{}, {"GPUS": "0 1"}])
@@ -249,38 +235,34 @@ def test_what_is_missing_is_installed_once(nothing_installed, script, folder):
     assert again.returncode == 0 and not any("venv" in line for line in log)
 
 
-@pytest.mark.parametrize("fails, told", [("venv", "python3-venv"), ("pip", "a network and 6 GB")])
+@pytest.mark.parametrize(
+    "fails, told", [("-m venv", "python3-venv"), ("-m pip", "a network and 6 GB")]
+)
 def test_a_set_up_that_fails_says_what_to_do_and_leaves_nothing(
     nothing_installed, tmp_path, fails, told
 ):
-    done, _ = nothing_installed("run_all.sh", FAIL_MODULE=fails)
+    done, _ = nothing_installed("run_all.sh", FAIL=fails)
     assert done.returncode == 1 and not (tmp_path / ".venv").exists()
     (error,) = done.stderr.split("\nerror: ")[1:]
     assert told in error.replace("\n", " ")
 
 
-@pytest.mark.parametrize("script", ["../elsewhere/run_all.sh", "../nowhere/run_all.sh"])
-def test_slurm_runs_a_copy_of_the_script(scripts, tmp_path, script):
+def test_slurm_runs_a_copy_of_the_script(scripts, tmp_path):
     """Out of its spool folder; the folder that it was submitted from is in a variable."""
-    copy = tmp_path / script
-    copy.parent.mkdir(parents=True)
-    shutil.copy(ROOT / "run_all.sh", copy)
-    done, log = scripts(str(copy), SLURM_SUBMIT_DIR=str(tmp_path))
+    (tmp_path / "spool").mkdir()
+    shutil.copy(ROOT / "run_all.sh", tmp_path / "spool")
+    done, log = scripts("spool/run_all.sh", SLURM_SUBMIT_DIR=str(tmp_path))
     assert done.returncode == 0 and "train.py --unfreeze layer4" in log[0]
-    done, _ = scripts(str(copy))
+    done, _ = scripts("spool/run_all.sh")
     assert done.returncode == 2 and "--wrap" in done.stderr and "--list" in done.stderr
 
 
 @pytest.mark.slow
-def test_a_folder_with_a_data_py_of_its_own_is_no_hindrance(scripts, tmp_path):
+def test_a_folder_with_a_data_py_of_its_own_is_no_hindrance(tmp_path):
     """A Python that runs a script puts the script's folder first, and not the current one."""
-    other = tmp_path / "another project"
-    other.mkdir()
-    (other / "data.py").write_text("raise SystemExit(7)")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "compare.py"), "--help"], cwd=other, capture_output=True
-    )
-    assert done.returncode == 0
+    (tmp_path / "data.py").write_text("raise SystemExit(7)")
+    command = [sys.executable, str(ROOT / "compare.py"), "--help"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
     text = (ROOT / "run_all.sh").read_text()
     assert '"$python" -m' not in text and "PYTHONPATH" not in text
 
@@ -326,10 +308,8 @@ def choose(scripts, tmp_path):
     "torch, torchvision, fit",
     [
         ("2.3.1", "0.19.0", False),
-        ("1.13.1+cu117", "0.19.0", False),
         ("2.11.0+cpu", "0.18.1", False),
         ("2.4.0", "0.19.0", True),
-        ("2.11.0+cpu", "0.26.0+cpu", True),
         ("3.0.0.dev20270101", "1.0", True),
     ],
 )
@@ -337,17 +317,16 @@ def test_a_torch_that_is_too_old_is_not_taken_and_is_named(choose, torch, torchv
     done, log = choose(torch=torch, torchvision=torchvision)
     if fit:
         assert done.stdout == "chosen: python\n" and not log
-        return
-    found = f", torch {torch}, torchvision {torchvision}"
-    assert "torch 2.4 and torchvision 0.19, or newer" in done.stderr and found in done.stderr
-    assert log  # it would install its own
+    else:
+        assert log and "torch 2.4 and torchvision 0.19, or newer" in done.stderr
+        assert f", torch {torch}, torchvision {torchvision}" in done.stderr
 
 
 def test_a_small_package_that_is_missing_is_named_and_nothing_big_is_installed(choose):
     done, log = choose("pytest", "matplotlib")
     assert done.returncode == 1 and not log
     assert "python has torch and lacks pytest matplotlib." in done.stderr
-    assert done.stderr.splitlines()[-1].strip() == "python -m pip install pytest matplotlib"
+    assert done.stderr.endswith(" python -m pip install pytest matplotlib\n")
 
 
 def test_our_own_environment_is_completed(choose):

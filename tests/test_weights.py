@@ -48,8 +48,6 @@ def without(*names: str) -> dict:
     return {key: value for key, value in STATE.items() if not key.endswith(names)}
 
 
-# ---------------------------------------------------------------- weights as people have them
-
 TAKEN = "weights  weights.pth: taken out of "
 SAID = "weights  weights.pth: "
 NAN = STATE["conv1.weight"].clone()
@@ -105,9 +103,6 @@ def test_a_checkpoint_of_train_py_is_weights_too_named_by_its_run(tmp_path):
     assert not keep_head and is_backbone(loaded)
 
 
-# ---------------------------------------------------------------- what does not fit
-
-
 NO_NUMBERS = "holds values that are no finite numbers"
 
 
@@ -158,9 +153,6 @@ def test_a_file_that_torch_does_not_read_is_refused_with_what_to_do(tmp_path, co
     meant = "is damaged, or no file of weights: save model.state_dict() with torch.save"
     assert str(failure.value) == f"{file} {meant}"
     assert not (tmp_path / "ran").exists()
-
-
-# ---------------------------------------------------------------- torchvision's
 
 
 @pytest.fixture
