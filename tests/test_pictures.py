@@ -53,9 +53,6 @@ def said_anew(monkeypatch):
     monkeypatch.setattr(pictures, "progress", lambda items, *_: items)
 
 
-# ---------------------------------------------------------------- sizes
-
-
 def test_pictures_of_one_small_size_stay_as_they_are_and_in_order(tmp_path):
     names = [f"{label}/{number}.png" for label in ("cat", "dog") for number in range(6)]
     expected = [picture(tmp_path / "train" / name, seed=i) for i, name in enumerate(names)]
@@ -85,9 +82,6 @@ def test_pictures_that_do_not_fit_into_memory_are_refused_before_they_are_read(
     monkeypatch.setattr(pictures, "open_picture", None)
     message = refused(tmp_path)
     assert "2 pictures of 20x16 take 0.0 GB" in message and "--image-size" in message
-
-
-# ---------------------------------------------------------------- which folders are splits
 
 
 @pytest.mark.parametrize(
@@ -178,9 +172,6 @@ def test_a_share_of_each_class_is_for_the_test_and_the_rest_is_trained_on(
     assert again.pixels.equal(test.pixels)
 
 
-# ---------------------------------------------------------------- which files are pictures
-
-
 def test_what_is_left_out_is_counted_by_ending(tmp_path, capsys):
     data_set(tmp_path, *USUAL)
     stray = [".ipynb_checkpoints/0.png", "cat/._1.png", "__MACOSX/1.png", "cat/Thumbs.db"]
@@ -204,8 +195,6 @@ def test_every_ending_that_is_read_is_one_that_pillow_knows():
     endings = "jpg jpeg jfif png bmp gif webp avif tif ppm"
     assert {f".{ending}" for ending in endings.split()} <= pictures.ENDINGS
 
-
-# ---------------------------------------------------------------- opening one
 
 WORKFLOW = PngImagePlugin.PngInfo()  # which an image generator writes
 WORKFLOW.add_itxt("workflow", "a" * 3_000_000, zip=True)
@@ -317,9 +306,6 @@ def test_a_picture_stands_upright_whatever_else_its_exif_says(tmp_path):
     with pytest.raises(struct.error), Image.open(file) as image:
         ImageOps.exif_transpose(image)
     assert np.array_equal(read_picture(file)[0], np.rot90(stored, -1))
-
-
-# ---------------------------------------------------------------- what cannot be opened
 
 
 def test_all_broken_pictures_are_named_at_once_and_of_many_ten(tmp_path):
