@@ -251,16 +251,6 @@ def test_slurm_runs_a_copy_of_the_script(scripts, tmp_path):
     assert done.returncode == 2 and "--wrap" in done.stderr and "--list" in done.stderr
 
 
-@pytest.mark.slow
-def test_a_folder_with_a_data_py_of_its_own_is_no_hindrance(tmp_path):
-    """A Python that runs a script puts the script's folder first, and not the current one."""
-    (tmp_path / "data.py").write_text("raise SystemExit(7)")
-    command = [sys.executable, str(ROOT / "compare.py"), "--help"]
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
-    text = (ROOT / "run_all.sh").read_text()
-    assert '"$python" -m' not in text and "PYTHONPATH" not in text
-
-
 @pytest.mark.parametrize("name", ["python", "python3", ".venv/bin/python", ".venv/Scripts/python"])
 def test_a_python_that_has_all_is_taken_wherever_it_is(nothing_installed, tmp_path, name):
     where = tmp_path / name
