@@ -1,27 +1,22 @@
 """One run on several processes, with gloo on the CPU: what two ranks learn, and what they keep."""
 
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, checkpoint, history
+from conftest import CONTEXT, ROOT, SMALL, checkpoint, history
 from torch import nn
 
 import train
 from data import UserError
 from plumbing import distributed
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 COLUMNS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-
-
-def torchrun(*words: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    how = {"capture_output": True, "text": True, "env": environment, "timeout": 300}
-    return subprocess.run([*TWO, *words], **how)
 
 
 # ---------------------------------------------------------------- who has which images
@@ -92,52 +87,46 @@ def test_fewer_images_than_ranks_are_refused(monkeypatch, run):
 # ---------------------------------------------------------------- what they compute
 
 
-SETUP = """
-torch.manual_seed(0)
-x, y = torch.randn(13, 4, 3, 3, dtype=torch.float64), torch.randint(3, (13,))
-tail = nn.Sequential(nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 3)).double()
-optimizer = torch.optim.Adam(tail.parameters(), lr=0.01)
-losses = []
-"""
-ALONE = (
-    """
-import sys, torch
-from torch import nn
-import torch.nn.functional as F
-from plumbing import distributed
-distributed.init("cpu")
-"""
-    + SETUP
-    + """
-wrapped = distributed.ddp(tail)
-for epoch in range(2):
-    flips = torch.zeros(13, dtype=torch.bool)
-    order, _, sizes = distributed.local_epoch(torch.randperm(13), flips, 3)
-    total = 0
-    for some in order.split(sizes):
-        here, labels = distributed.local_rows(x)[some], distributed.local_rows(y)[some]
-        loss = F.cross_entropy(wrapped(here), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.item() * len(some)
-    distributed.average_batchnorm(tail)
-    means = distributed.all_reduce_mean({"loss": total / len(order)}, len(order))
-    losses.append(means["loss"])
-with torch.no_grad():
-    logits = distributed.all_gather(tail.eval()(distributed.local_rows(x)), 13)
-torch.save((tail.state_dict(), losses, logits), f"{sys.argv[1]}/{distributed.rank()}.pt")
-distributed.destroy()
-"""
-)
+def setup() -> tuple[torch.Tensor, torch.Tensor, nn.Module, torch.optim.Optimizer]:
+    """13 images, their labels, and a network to learn them with."""
+    torch.manual_seed(0)
+    x, y = torch.randn(13, 4, 3, 3, dtype=torch.float64), torch.randint(3, (13,))
+    tail = nn.Sequential(nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 3)).double()
+    return x, y, tail, torch.optim.Adam(tail.parameters(), lr=0.01)
+
+
+def learn(rank: int, port: int, folder: Path) -> None:
+    """What train.py does in a process that torchrun has started."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
+    environment |= {"RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    distributed.init("cpu")
+    x, y, tail, optimizer = setup()
+    wrapped, losses = distributed.ddp(tail), []
+    for _ in range(2):
+        flips = torch.zeros(13, dtype=torch.bool)
+        order, _, sizes = distributed.local_epoch(torch.randperm(13), flips, 3)
+        total = 0
+        for some in order.split(sizes):
+            here, labels = distributed.local_rows(x)[some], distributed.local_rows(y)[some]
+            loss = F.cross_entropy(wrapped(here), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(some)
+        distributed.average_batchnorm(tail)
+        means = distributed.all_reduce_mean({"loss": total / len(order)}, len(order))
+        losses.append(means["loss"])
+    with torch.no_grad():
+        logits = distributed.all_gather(tail.eval()(distributed.local_rows(x)), 13)
+    torch.save((tail.state_dict(), losses, logits), folder / f"{rank}.pt")
+    distributed.destroy()
 
 
 def in_one_process() -> tuple[dict, list[float], torch.Tensor]:
     """What the two ranks above should do, by the textbook: the gradient of the mean loss over the
     images of both batches, each normalized by itself."""
-    names = {"torch": torch, "nn": nn}
-    exec(SETUP, names)
-    x, y, tail, optimizer, losses = map(names.get, ("x", "y", "tail", "optimizer", "losses"))
+    (x, y, tail, optimizer), losses = setup(), []
     buffers = {name: value.clone() for name, value in tail.named_buffers()}
     for _ in range(2):
         order = torch.randperm(13)
@@ -164,9 +153,14 @@ def in_one_process() -> tuple[dict, list[float], torch.Tensor]:
 
 
 def test_two_ranks_learn_what_one_process_learns_from_both_batches(tmp_path):
-    (tmp_path / "alone.py").write_text(ALONE)
-    done = torchrun(str(tmp_path / "alone.py"), str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [CONTEXT.Process(target=learn, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+        assert process.exitcode == 0
     expected, losses, logits = in_one_process()
     for rank in (0, 1):
         state, found, gathered = torch.load(tmp_path / f"{rank}.pt")
@@ -180,8 +174,15 @@ def test_two_ranks_learn_what_one_process_learns_from_both_batches(tmp_path):
 # ---------------------------------------------------------------- a run
 
 
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WORDS = [*SMALL, "--image-size", "32", "--train-size", "61", "--batch-size", "10"]
-WORDS += ["--unfreeze", "layer4", "--precision", "fp32", "--device", "cpu"]
+WORDS += ["--unfreeze", "layer4"]
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    how = {"capture_output": True, "text": True, "env": environment, "timeout": 300}
+    return subprocess.run([*TWO, *words], **how)
 
 
 @pytest.mark.slow
@@ -193,9 +194,8 @@ def test_a_run_on_two_ranks_is_told_once_kept_once_and_goes_on(tmp_path):
     torchrun(script, *WORDS, "--epochs", "1", "--out", out)
     torchrun(script, *WORDS, "--epochs", "1", "3", "--out", out, "--resume")
     (folder,), (parts,) = (tmp_path / "whole").glob("s*"), (tmp_path / "parts").glob("s*")
-    assert "-r2" in folder.name and {file.name for file in parts.iterdir()} == {
-        *("history.csv", "epoch1.pt", "epoch3.pt")
-    }
+    left = {file.name for file in parts.iterdir()}
+    assert "-r2" in folder.name and left == {"history.csv", "epoch1.pt", "epoch3.pt"}
     assert history(folder, *COLUMNS) == history(parts, *COLUMNS)
     one, other = checkpoint(folder, 3), checkpoint(parts, 3)
     for name, value in one["model"].items():
