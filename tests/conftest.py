@@ -22,7 +22,7 @@ import data
 import features
 import freeze
 import train
-from plumbing import cli, datasets, machine
+from plumbing import cli, datasets, machine, settings
 from plumbing import run as runs
 from plumbing.cli import command
 
@@ -48,8 +48,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def fewer_test_pictures():
-    """60 drawn test pictures, not 500, and each drawn once."""
+def what_is_the_same_in_all_runs():
+    """Is made once: the drawn pictures, 60 of 500 to test on, and the hashes of the recipe."""
     load = functools.cache(datasets.synthetic)
 
     def fewer(split: str) -> data.Images:
@@ -59,6 +59,7 @@ def fewer_test_pictures():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "synthetic", fewer)
+        patch.setattr(settings, "recipe_code", functools.cache(settings.recipe_code))
         yield
 
 

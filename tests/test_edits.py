@@ -205,7 +205,9 @@ SLOW = {
         Does("train.py --epochs 1 --seed 0 --unfreeze layer4"),
         SMOOTH,
         Does("train.py --epochs 1 --seed 2"),
-        Does("compare.py results/*/epoch1.pt", "left out: synthetic-fc-fp32-s2.*of other code"),
+        Does(
+            "compare.py results/*/epoch1.pt", "left out: .*-s2.*no other strategy has the same code"
+        ),
     ],
     "a part that nobody could read": [
         UNREADABLE,
@@ -410,10 +412,10 @@ RECIPES = {
 }
 IN_FP32 = [(name, "fp32") for name in RECIPES]
 ROUNDED = [(name, precision) for name in RECIPES for precision in ("bf16", "fp16")]
-RARELY = [pytest.param(*row, marks=pytest.mark.slow) for row in [*IN_FP32[2:], *ROUNDED]]
+RARELY = [pytest.param(*row, marks=pytest.mark.slow) for row in [*IN_FP32[1:], *ROUNDED]]
 
 
-@pytest.mark.parametrize("recipe, precision", [*IN_FP32[:2], *RARELY])
+@pytest.mark.parametrize("recipe, precision", [IN_FP32[0], *RARELY])
 def test_each_alternative_goes_on_to_the_last_bit(run, monkeypatch, every_epoch, recipe, precision):
     for name, value in RECIPES[recipe].items():
         monkeypatch.setattr(train, name, value)
@@ -472,18 +474,18 @@ def test_runs_with_other_columns_are_each_under_their_own(run, tmp_path, capsys)
 
 
 def test_with_validation_pictures_the_test_is_looked_at_once(run, capsys):
-    flags = [*VALIDATED, "--epochs", "3"]
+    flags = [*VALIDATED, "--epochs", "2"]
     folder = run(*flags)
     run(*flags, "--unfreeze", "layer4", "--out", str(folder.parent))
     table = rows(folder / "history.csv")
     assert "val_accuracy" in table[0] and "test_accuracy" not in table[0]
-    assert {file.name for file in folder.iterdir()} == {"history.csv", "epoch3.pt", "best.pt"}
+    assert {file.name for file in folder.iterdir()} == {"history.csv", "epoch2.pt", "best.pt"}
     best = torch.load(folder / "best.pt", weights_only=True)
     accuracies = [float(row["val_accuracy"]) for row in table]
     assert best["history"][-1]["val_accuracy"] == max(accuracies)
     assert len(best["history"]) == 1 + accuracies.index(max(accuracies))
     capsys.readouterr()
-    compare.main([str(file) for file in folder.parent.glob("*/epoch3.pt")])
+    compare.main([str(file) for file in folder.parent.glob("*/epoch2.pt")])
     out = " ".join(capsys.readouterr().out.split())
     assert "compared on 100 validation pictures" in out
     assert "chosen on 100 validation pictures; on 60 test pictures, looked at once: " in out
