@@ -3,10 +3,16 @@
 import plumbing  # noqa: F401  # before torch, for whose threads it sets something
 
 # isort: split
+import contextlib
 import csv
 import functools
 import http.server
+import itertools
+import math
+import multiprocessing
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,16 +22,20 @@ import data
 import features
 import freeze
 import train
-from plumbing import datasets, machine
+from plumbing import cli, datasets, machine, settings
+from plumbing import run as runs
 from plumbing.cli import command
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--dataset", "synthetic", "--weights", "none", "--image-size", "48", "--train-size", "60")
 SMALL += ("--batch-size", "25", "--epochs", "2", "--device", "cpu", "--precision", "fp32")
+# Processes of their own start in this context, with train.py's imports made.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train"])
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=5, help="how often a run is killed (default: 5)")
+    parser.addoption("--kills", type=int, default=2, help="how often a run is killed (default: 2)")
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
 
 
@@ -38,8 +48,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def fewer_test_pictures():
-    """60 drawn test pictures, not 500, and each drawn once."""
+def what_is_the_same_in_all_runs():
+    """Is made once: the drawn pictures, 60 of 500 to test on, and the hashes of the recipe."""
     load = functools.cache(datasets.synthetic)
 
     def fewer(split: str) -> data.Images:
@@ -49,6 +59,36 @@ def fewer_test_pictures():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "synthetic", fewer)
+        patch.setattr(settings, "recipe_code", functools.cache(settings.recipe_code))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_line_a_minute(monkeypatch):
+    """A slow machine prints how far it is once a minute, between the lines that tests read."""
+    monkeypatch.setattr(cli, "last_shown", math.inf)
+
+
+@pytest.fixture
+def every_epoch(monkeypatch):
+    """A checkpoint after every epoch, not now and then."""
+    monkeypatch.setattr(runs, "CHECKPOINT_INTERVAL", 0)
+    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0)
+
+
+@contextlib.contextmanager
+def stopped_in_epoch(number: int) -> Iterator[None]:
+    """The run inside is stopped by Ctrl-C when it has trained so many epochs, the last one of which
+    is not kept."""
+    calls, score = itertools.count(1), train.score_epoch
+
+    def stopping(*arguments):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "score_epoch", stopping)
         yield
 
 
@@ -102,12 +142,14 @@ def history(folder: Path, *columns: str) -> list[list[float]]:
     return [[float(row[column]) for column in columns] for row in rows(folder / "history.csv")]
 
 
-def complaint(main, flags, capsys) -> str:
-    """What a command prints on stderr when it refuses: one line, status 2."""
+def complaint(main, flags, capsys, status: int = 2) -> str:
+    """What a command prints on stderr when it refuses: one line."""
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         command(lambda: main(list(map(str, flags))), "stopped", "full")
+    signal.signal(signal.SIGTERM, handler)
     captured = capsys.readouterr()
-    assert stopped.value.code == 2 and "Traceback" not in captured.err
+    assert stopped.value.code == status and "Traceback" not in captured.err
     (line,) = captured.err.splitlines()
     return line
 

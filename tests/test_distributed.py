@@ -1,27 +1,22 @@
 """One run on several processes, with gloo on the CPU: what two ranks learn, and what they keep."""
 
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, checkpoint, history
+from conftest import CONTEXT, ROOT, SMALL, checkpoint, history
 from torch import nn
 
 import train
 from data import UserError
 from plumbing import distributed
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 COLUMNS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-
-
-def torchrun(*words: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    how = {"capture_output": True, "text": True, "env": environment, "timeout": 300}
-    return subprocess.run([*TWO, *words], **how)
 
 
 # ---------------------------------------------------------------- who has which images
@@ -92,96 +87,85 @@ def test_fewer_images_than_ranks_are_refused(monkeypatch, run):
 # ---------------------------------------------------------------- what they compute
 
 
-SETUP = """
-torch.manual_seed(0)
-x, y = torch.randn(13, 4, 3, 3, dtype=torch.float64), torch.randint(3, (13,))
-tail = nn.Sequential(nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 3)).double()
-optimizer = torch.optim.Adam(tail.parameters(), lr=0.01)
-losses = []
-"""
-ALONE = (
-    """
-import sys, torch
-from torch import nn
-import torch.nn.functional as F
-from plumbing import distributed
-distributed.init("cpu")
-"""
-    + SETUP
-    + """
-wrapped = distributed.ddp(tail)
-for epoch in range(2):
-    flips = torch.zeros(13, dtype=torch.bool)
-    order, _, sizes = distributed.local_epoch(torch.randperm(13), flips, 3)
-    total = 0
-    for some in order.split(sizes):
-        here, labels = distributed.local_rows(x)[some], distributed.local_rows(y)[some]
-        loss = F.cross_entropy(wrapped(here), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.item() * len(some)
-    distributed.average_batchnorm(tail)
-    means = distributed.all_reduce_mean({"loss": total / len(order)}, len(order))
-    losses.append(means["loss"])
-with torch.no_grad():
-    logits = distributed.all_gather(tail.eval()(distributed.local_rows(x)), 13)
-torch.save((tail.state_dict(), losses, logits), f"{sys.argv[1]}/{distributed.rank()}.pt")
-distributed.destroy()
-"""
-)
+def setup() -> tuple[torch.Tensor, torch.Tensor, nn.Module, torch.optim.Optimizer]:
+    """13 images, their labels, and a network to learn them with."""
+    torch.manual_seed(0)
+    x, y = torch.randn(13, 36, dtype=torch.float64), torch.randint(3, (13,))
+    tail = nn.Linear(36, 3).double()
+    return x, y, tail, torch.optim.Adam(tail.parameters(), lr=0.01)
 
 
-def in_one_process() -> tuple[dict, list[float], torch.Tensor]:
-    """What the two ranks above should do, by the textbook: the gradient of the mean loss over the
-    images of both batches, each normalized by itself."""
-    names = {"torch": torch, "nn": nn}
-    exec(SETUP, names)
-    x, y, tail, optimizer, losses = map(names.get, ("x", "y", "tail", "optimizer", "losses"))
-    buffers = {name: value.clone() for name, value in tail.named_buffers()}
+def learn(rank: int, port: int, folder: Path) -> None:
+    """What train.py does in a process that torchrun has started."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
+    environment |= {"RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    distributed.init("cpu")
+    x, y, tail, optimizer = setup()
+    wrapped, losses = distributed.ddp(tail), []
     for _ in range(2):
-        order = torch.randperm(13)
-        halves = [order[order % 2 == rank] for rank in (0, 1)]
-        running = [{name: value.clone() for name, value in buffers.items()} for _ in halves]
+        flips = torch.zeros(13, dtype=torch.bool)
+        order, _, sizes = distributed.local_epoch(torch.randperm(13), flips, 3)
         total = 0
-        for both in zip(halves[0].split([3, 4]), halves[1].split([3, 3])):
-            summed = 0
-            for rank, some in enumerate(both):
-                logits = torch.func.functional_call(tail, running[rank], x[some])
-                summed = summed + F.cross_entropy(logits, y[some], reduction="sum")
+        for some in order.split(sizes):
+            here, labels = distributed.local_rows(x)[some], distributed.local_rows(y)[some]
+            loss = F.cross_entropy(wrapped(here), labels)
             optimizer.zero_grad()
-            (summed / sum(map(len, both))).backward()
+            loss.backward()
             optimizer.step()
-            total += summed.item()
-        losses.append(total / 13)
-        for name in buffers:
-            average = (running[0][name] + running[1][name]) / 2
-            buffers[name] = average.to(buffers[name].dtype)
+            total += loss.item() * len(some)
+        means = distributed.all_reduce_mean({"loss": total / len(order)}, len(order))
+        losses.append(means["loss"])
     with torch.no_grad():
-        state = dict(tail.named_parameters()) | buffers
-        logits = torch.func.functional_call(tail.eval(), buffers, x)
-    return state, losses, logits
+        logits = distributed.all_gather(tail(distributed.local_rows(x)), 13)
+    norm = nn.BatchNorm1d(1)
+    norm.running_mean.fill_(rank)
+    norm.running_var.fill_(3 * rank)
+    distributed.average_batchnorm(norm)
+    averages = norm.running_mean.item(), norm.running_var.item()
+    torch.save((tail.state_dict(), losses, logits, averages), folder / f"{rank}.pt")
+    distributed.destroy()
 
 
 def test_two_ranks_learn_what_one_process_learns_from_both_batches(tmp_path):
-    (tmp_path / "alone.py").write_text(ALONE)
-    done = torchrun(str(tmp_path / "alone.py"), str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    expected, losses, logits = in_one_process()
-    for rank in (0, 1):
-        state, found, gathered = torch.load(tmp_path / f"{rank}.pt")
-        assert state.keys() == expected.keys()
-        for name, value in state.items():
-            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-12)
-        assert found == pytest.approx(losses, abs=1e-12)
-        torch.testing.assert_close(gathered, logits, rtol=0, atol=1e-12)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [CONTEXT.Process(target=learn, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    (x, y, tail, optimizer), losses = setup(), []
+    for _ in range(2):
+        order, total = torch.randperm(13), 0
+        even, odd = order[order % 2 == 0], order[order % 2 == 1]
+        for some in map(torch.cat, zip(even.split([3, 4]), odd.split([3, 3]))):
+            loss = F.cross_entropy(tail(x[some]), y[some])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(some)
+        losses.append(total / 13)
+    for rank, process in enumerate(ranks):
+        process.join()
+        assert process.exitcode == 0
+        state, found, logits, averages = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(state, tail.state_dict(), rtol=0, atol=1e-12)
+        assert found == pytest.approx(losses, abs=1e-12) and averages == (0.5, 1.5)
+        torch.testing.assert_close(logits, tail(x).detach(), rtol=0, atol=1e-12)
 
 
 # ---------------------------------------------------------------- a run
 
 
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WORDS = [*SMALL, "--image-size", "32", "--train-size", "61", "--batch-size", "10"]
-WORDS += ["--unfreeze", "layer4", "--precision", "fp32", "--device", "cpu"]
+WORDS += ["--unfreeze", "layer4"]
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    how = {"capture_output": True, "text": True, "env": environment, "timeout": 300}
+    return subprocess.run([*TWO, *words], **how)
 
 
 @pytest.mark.slow
@@ -193,9 +177,8 @@ def test_a_run_on_two_ranks_is_told_once_kept_once_and_goes_on(tmp_path):
     torchrun(script, *WORDS, "--epochs", "1", "--out", out)
     torchrun(script, *WORDS, "--epochs", "1", "3", "--out", out, "--resume")
     (folder,), (parts,) = (tmp_path / "whole").glob("s*"), (tmp_path / "parts").glob("s*")
-    assert "-r2" in folder.name and {file.name for file in parts.iterdir()} == {
-        *("history.csv", "epoch1.pt", "epoch3.pt")
-    }
+    left = {file.name for file in parts.iterdir()}
+    assert "-r2" in folder.name and left == {"history.csv", "epoch1.pt", "epoch3.pt"}
     assert history(folder, *COLUMNS) == history(parts, *COLUMNS)
     one, other = checkpoint(folder, 3), checkpoint(parts, 3)
     for name, value in one["model"].items():

@@ -25,7 +25,7 @@ def parse(*words: str):
 
 
 def test_a_run_prints_what_it_does(run, capsys):
-    how = "--lr", "layer3=3e-5", "--batch-size", "30", "--image-size", "32"
+    how = "--lr", "layer3=3e-5", "--batch-size", "30", "--image-size", "32", "--epochs", "2", "1"
     folder = run("--unfreeze", "layer3", "layer4", *how)
     printed = capsys.readouterr().out
     lines = printed.splitlines()
@@ -45,19 +45,12 @@ def test_a_run_prints_what_it_does(run, capsys):
     assert lines[9].endswith(f"({torch.get_num_threads()} threads), fp32")
     assert lines[10].startswith("cache    0.00 GB of features in host memory, ")
     assert "filled in" in lines[11]
-    assert [line.split()[0] for line in lines[13:15]] == ["1/2", "2/2"]
-    assert lines[15].startswith(f"saved    {folder}/epoch2.pt")
-    assert len(lines) == 16
+    table = [line for line in lines[12:] if not line.startswith("saved")]
+    assert [line.split()[0] for line in table] == ["epoch", "1/2", "2/2"]
+    saved = [line.split(",")[0] for line in lines[12:] if line.startswith("saved")]
+    assert saved == [f"saved    {folder}/epoch{epochs}.pt" for epochs in (1, 2)]
     assert "\r" not in printed  # live progress is for terminals
-    assert max(len(line) for line in lines[1:15]) <= 80
-
-
-def test_each_length_is_said_to_be_saved(run, capsys):
-    folder = run("--image-size", "32", "--epochs", "2", "1")
-    saved = [line for line in capsys.readouterr().out.splitlines() if line.startswith("saved")]
-    assert len(saved) == 2
-    assert f"{folder}/epoch1.pt" in saved[0]
-    assert f"{folder}/epoch2.pt" in saved[1]
+    assert max(map(len, [*lines[1:12], *table])) <= 80
 
 
 # ---------------------------------------------------------------- what is left on disk
@@ -67,9 +60,6 @@ def test_a_run_leaves_its_history_and_a_checkpoint_for_each_length(finished):
     assert finished.name == "synthetic-fc+layer4-fp32-s0-n60-b25-px48-none-layer4=0.001"
     assert {file.name for file in finished.iterdir()} == {"history.csv", "epoch1.pt", "epoch2.pt"}
     assert {file.name for file in finished.parent.iterdir()} == {finished.name, ".locks"}
-
-
-def test_the_history_has_a_row_for_each_epoch(finished):
     table = rows(finished / "history.csv")
     assert list(table[0]) == [
         *("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
@@ -77,13 +67,9 @@ def test_the_history_has_a_row_for_each_epoch(finished):
     ]
     assert [row["epoch"] for row in table] == ["1", "2"]
     for row in table:
-        assert 0 <= float(row["train_accuracy"]) <= 1
-        assert 0 <= float(row["test_accuracy"]) <= 1
+        assert 0 <= float(row["train_accuracy"]) <= 1 and 0 <= float(row["test_accuracy"]) <= 1
         assert 0 < float(row["train_seconds"]) < float(row["seconds"])
-
-
-def test_the_history_says_at_which_rates_it_learned(finished):
-    assert history(finished, "fc_lr", "layer4_lr") == [[1e-3, 1e-3], [1e-3, 1e-3]]
+        assert float(row["fc_lr"]) == float(row["layer4_lr"]) == 1e-3
 
 
 def test_a_checkpoint_says_what_was_run(finished):
@@ -108,10 +94,7 @@ def test_a_checkpoint_says_what_was_run(finished):
         ("", "cifar10-fc-bf16-s0"),
         ("--unfreeze layer4 layer3 --epochs 50", "cifar10-fc+layer3+layer4-bf16-s0"),
         ("--unfreeze fc layer4 --seed 2", "cifar10-fc+layer4-bf16-s2"),
-        (
-            "--train-size 500 --batch-size 64 --weights a/b.pth",
-            "cifar10-fc-bf16-s0-n500-b64-b",
-        ),
+        ("--train-size 500 --batch-size 64 --weights a/b.pth", "cifar10-fc-bf16-s0-n500-b64-b"),
         ("--dataset folder --data-dir my/pictures", "pictures-fc-bf16-s0"),
         (
             "--unfreeze layer4 --lr layer4=3e-4 fc=0.01",
@@ -183,7 +166,7 @@ def test_what_the_user_asked_for_stays_as_it_is(run, monkeypatch):
         return asked[0]
 
     monkeypatch.setattr(flags, "parse", noted)
-    run(*TINY, "--unfreeze", "layer4")
+    run(*TINY)
     assert vars(asked[0]) == asked[1]
 
 
@@ -207,6 +190,7 @@ def test_a_stage_without_a_published_rate_takes_one_from_the_user(run, tmp_path,
     assert {name.split(".")[0] for name in learned} == {"layer2", "fc"}
 
 
+@pytest.mark.slow
 def test_another_resnet_trains_and_is_named_in_the_run(run, capsys):
     folder = run(*TINY, "--unfreeze", "layer4", "--model", "resnet34")
     assert folder.name == "synthetic-fc+layer4-fp32-s0-n60-b25-px32-resnet34-none"
