@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 from data import UserError
-from plumbing.cli import Parser, command, output, paths
-from plumbing.files import check_writable, write_csv, write_rows
+from plumbing.cli import Parser, command, paths
+from plumbing.files import writable, write_csv, write_rows
 from plumbing.report import print_row
 from plumbing.verdict import Runs, difference, spreads, verdict
 from plumbing.weights import read_checkpoint, summary_row
@@ -31,11 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="epochN.pt files of train.py")
-    add("--csv", type=output, metavar="FILE", help="write a row per checkpoint to this file")
-    add("--paired", type=output, metavar="FILE", help="write a row per pair to this file")
+    add("--csv", type=writable, metavar="FILE", help="write a row per checkpoint to this file")
+    add("--paired", type=writable, metavar="FILE", help="write a row per pair to this file")
     args = parser.parse_args(argv)
-    for file in filter(None, (args.csv, args.paired)):
-        check_writable(file)
     runs, failed = [], False
     for path in paths(args.checkpoints):
         try:

@@ -5,7 +5,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torchvision.datasets.utils import check_integrity
 
 from data import Images, UserError, cifar, stratified_subset
 from plumbing import distributed, pictures
+from plumbing.distributed import Splits
 from plumbing.files import fingerprint, locked, socket_timeout
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic", "synthetic-other")
@@ -31,22 +31,6 @@ class BrainChip(CIFAR10):
 
 
 SOURCES = {"cifar10": (Zenodo, BrainChip, CIFAR10), "cifar100": (CIFAR100,)}
-
-
-class Splits(NamedTuple):
-    """A data set to train and to test on. Of several processes each has the pixels of its own
-    images, but all labels of test and val."""
-
-    train: Images
-    val: Images | None  # to choose epoch and strategy on; without it, test is what there is
-    test: Images
-    train_images: int  # of all processes
-    picture_size: tuple[int, int]  # (height, width) of all pictures in memory
-    hashes: dict[str, str]  # train, val and test: sha256 of all pixels and labels
-
-    def watched(self) -> dict[str, Images]:
-        """What is scored after every epoch, by name."""
-        return {"val": self.val, "test": self.test} if self.val else {"test": self.test}
 
 
 def load_splits(args: Namespace, batchnorm_learns: bool) -> Splits:

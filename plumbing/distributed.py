@@ -10,6 +10,7 @@ what it was given.
 import os
 import sys
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import Images, UserError
 from plumbing.machine import pick_device
+
+
+class Splits(NamedTuple):
+    """A data set to train and to test on. Each process has the pixels of its own images, but all
+    labels of test and val."""
+
+    train: Images
+    val: Images | None  # to choose epoch and strategy on; without it, test is what there is
+    test: Images
+    train_images: int  # of all processes
+    picture_size: tuple[int, int]  # (height, width) of all pictures in memory
+    hashes: dict[str, str]  # train, val and test: sha256 of all pixels and labels
+
+    def watched(self) -> dict[str, Images]:
+        """What is scored after every epoch, by name."""
+        return {"val": self.val, "test": self.test} if self.val else {"test": self.test}
 
 
 def world_size() -> int:

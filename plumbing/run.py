@@ -20,7 +20,7 @@ from torch import nn
 from data import UserError
 from plumbing import distributed, report
 from plumbing.datasets import Splits
-from plumbing.files import check_writable, locked, remove_leftovers, write_rows, write_tensors
+from plumbing.files import locked, remove_leftovers, writable, write_rows, write_tensors
 from plumbing.machine import device_name
 from plumbing.settings import Settings, changed_names, in_words
 from plumbing.weights import load_optimizer, read_checkpoint
@@ -51,7 +51,7 @@ class Run:
             if distributed.rank() == 0:
                 stack.enter_context(locked(self.args.out, self.settings.name))
                 remove_leftovers(self.folder)
-                check_writable(self.folder / "history.csv")
+                writable(self.folder / "history.csv")
                 self.look()
             self.missing, self.checkpoint = distributed.broadcast((self.missing, self.checkpoint))
             self.last_epoch = max(self.missing, default=0)
@@ -144,7 +144,6 @@ class Run:
             self.checkpoint = None  # its memory is needed
             print(f"resumed  after epoch {len(self.history)}")
         self.first = len(self.history) + 1
-        report.print_header("val" if self.settings.val_data else "test")
 
     def epochs(self) -> Iterator[int]:
         """The epochs to train, counted from 1."""
@@ -188,7 +187,7 @@ class Run:
         self.row = {}
         if distributed.rank() == 0:
             self.save(epoch)
-        report.print_epoch(row, self.last_epoch)
+        report.print_epoch(row, self.last_epoch, header=epoch == self.first)
         if epoch == self.first:
             report.print_time_left(row["seconds"] * (self.last_epoch - epoch))
         if epoch in self.missing:

@@ -39,7 +39,7 @@ import train
 from data import UserError
 from plumbing import datasets, flags, machine, weights
 from plumbing.cli import Parser, command, show_line, whole_number, wipe_line
-from plumbing.files import check_writable, write_rows
+from plumbing.files import writable, write_rows
 from plumbing.weights import read_checkpoint
 from study import textbook
 
@@ -168,7 +168,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--epochs", type=whole_number(1), default=2, help="measured (default: 2)")
     add("--train-size", type=whole_number(1), metavar="N",
         help="measured, with a quarter as many test images (default: all on a GPU, 256 on a CPU)")
-    add("--csv", type=Path, metavar="FILE", help="write the rows to this file too")
+    add("--csv", type=writable, metavar="FILE", help="write the rows to this file too")
     # fmt: on
     own, rest = parser.parse_known_args(argv)
     args, usual = flags.parse(__doc__, train.RECIPE, rest), flags.parse("", train.RECIPE, [])
@@ -204,12 +204,10 @@ def write_pictures(folder: Path, images: data.Images) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.csv:
-        check_writable(args.csv)
     device = machine.pick_device(args.device)
     args.device = str(device)
     args.precision = machine.pick_precision(args.precision, device)
-    weights.load(args.weights, args.model)  # to be refused before anything is measured
+    weights.load(args.weights, args.model)  # a file that does not fit is refused before hours pass
     images, test, full = load(args, device)
     sizes, rows = (len(images.labels), len(test.labels)), []
     print(f"device   {machine.device_name(device)}, torch {torch.__version__}, {args.precision}")
