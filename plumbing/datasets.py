@@ -13,7 +13,7 @@ from torchvision.datasets.utils import check_integrity
 
 from data import Images, UserError, cifar, stratified_subset
 from plumbing import distributed, pictures
-from plumbing.distributed import Splits
+from plumbing.distributed import Splits, local_rows
 from plumbing.files import fingerprint, locked, socket_timeout
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic", "synthetic-other")
@@ -48,17 +48,20 @@ def load_splits(args: Namespace, batchnorm_learns: bool) -> Splits:
             raise UserError(f"--val-share: {args.data_dir} has validation pictures already")
         splits["val"] = load(args.dataset, "val", *where, *alike)
     if args.val_share:
-        shared = train, args.val_share, args.test_seed
-        splits["val"], train = pictures.draw_share(*shared, "--val-share")
+        drawn = args.val_share, args.test_seed, "--val-share"
+        rows = pictures.draw_share(train.labels, train.classes, *drawn)
+        parts = (Images(train.pixels[i], train.labels[i], train.classes) for i in rows)
+        splits["val"], train = parts
     if args.train_size:
         train = stratified_subset(train, args.train_size, args.seed)
     test = load(args.dataset, "test", *where, *alike)
     check(args, train, test, batchnorm_learns)
     splits |= {"train": train, "test": test}
+    own = {name: some._replace(pixels=local_rows(some.pixels)) for name, some in splits.items()}
     return Splits(
-        train=Images(*map(distributed.local_rows, train[:2]), train.classes),
-        val=distributed.shard(splits["val"]) if "val" in splits else None,
-        test=distributed.shard(test),
+        train=own["train"]._replace(labels=local_rows(train.labels)),
+        val=own.get("val"),
+        test=own["test"],
         train_images=len(train.labels),
         picture_size=size,
         hashes={name: fingerprint(*images[:2]) for name, images in splits.items()},
@@ -171,7 +174,6 @@ def drawn(seed: int, split: str, names: str) -> Images:
     generator, count = np.random.default_rng([seed, split == "test"]), DRAWN[split]
     draw = functools.partial(generator.uniform, size=(count, 1, 1))  # one number for each image
     classes, labels = tuple(names.split()), np.arange(count) % 10
-
     # Coordinates x and y of the pixels, [count, 32, 32], moved and tilted.
     row, column = np.mgrid[0:32, 0:32] - 15.5
     angle, radius, period, phase = draw(-0.2, 0.2), draw(8, 11), draw(6, 8), draw(0, 2 * np.pi)
@@ -183,7 +185,6 @@ def drawn(seed: int, split: str, names: str) -> Images:
         own = labels == label
         draws = shapes(x[own], y[own], radius[own], period[own], phase[own])
         inside[own, ..., 0] = draws[name]()
-
     middle = generator.uniform(90, 165, (count, 1, 1, 3))
     contrast = generator.normal(0, 1, (count, 1, 1, 3))
     strength = generator.uniform(50, 80, (count, 1, 1, 1))

@@ -3,8 +3,7 @@
     torchrun --nproc-per-node 2 train.py --unfreeze layer4
 
 Rank r of N holds the images i with i % N == r, and their features: the cache grows with the ranks.
-An image counts the same in every batch. Where there is one process, every function here gives back
-what it was given.
+An image counts the same in every batch. With one process the functions return what they are given.
 """
 
 import os
@@ -81,11 +80,6 @@ def local_rows(values: torch.Tensor) -> torch.Tensor:
     return values[rank() :: world_size()].clone()
 
 
-def shard(images: Images) -> Images:
-    """All labels, and this rank's pixels."""
-    return images._replace(pixels=local_rows(images.pixels))
-
-
 def local_epoch(
     order: torch.Tensor, flips: torch.Tensor, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, int | list[int]]:
@@ -94,14 +88,10 @@ def local_epoch(
     if world_size() == 1:
         return order, flips, batch_size
     own = order[order % world_size() == rank()] // world_size()
-    return own, local_rows(flips), batch_sizes(len(order), batch_size)
-
-
-def batch_sizes(images: int, batch_size: int) -> list[int]:
-    """Every rank has as many batches. A rank with one image more has it in its last batch."""
-    own = len(range(rank(), images, world_size()))
-    last = smallest_batch(images, batch_size) + own - images // world_size()
-    return [batch_size] * ((own - last) // batch_size) + [last]
+    # Every rank has as many batches. A rank with one image more has it in its last batch.
+    last = smallest_batch(len(order), batch_size) + len(own) - len(order) // world_size()
+    sizes = [batch_size] * ((len(own) - last) // batch_size) + [last]
+    return own, local_rows(flips), sizes
 
 
 def smallest_batch(images: int, batch_size: int) -> int:

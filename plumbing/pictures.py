@@ -63,11 +63,9 @@ def folder(
         raise UserError(f"{path} has classes the training set lacks: {', '.join(unknown)}")
     labels = torch.tensor([classes.index(composed(file.parent.name)) for file in files])
     if test_share:
-        numbers = Images(torch.arange(len(files)), labels, classes)
-        chosen, rest = draw_share(numbers, test_share, test_seed, "--test-share")
-        if split == "train":
-            chosen = rest
-        labels, files = chosen.labels, [files[i] for i in chosen.pixels]
+        drawn, rest = draw_share(labels, classes, test_share, test_seed, "--test-share")
+        rows = rest if split == "train" else drawn
+        labels, files = labels[rows], [files[i] for i in rows]
     pixels = torch.from_numpy(decode(files, size or size_in_memory(files, image_size)))
     if 0 < pixels.max() < DARK:
         looks = f"nearly black, none above {pixels.max()} of 255"
@@ -83,9 +81,8 @@ def split_folders(root: Path) -> dict[str, Path]:
     there = {path.name.lower(): path for path in folders_in(root)}
     found = {}
     for split, usual in SPLITS.items():
-        for name in usual:
-            if name in there:
-                found.setdefault(split, there[name])
+        if names := [name for name in usual if name in there]:
+            found[split] = there[names[0]]
     heap = found.get("test")
     if "val" in found and not (heap and folders_in(heap)):
         if heap:
@@ -115,20 +112,21 @@ def split_folder(root: Path, split: str, test_share: float | None = None) -> Pat
     return found[split]
 
 
-def draw_share(images: Images, share: float, seed: int, flag: str) -> tuple[Images, Images]:
-    """A share of each class, one image of each at least, and the rest to train on. Raises
-    UserError, which names `flag`, if that leaves no images of a class."""
-    count = len(images.labels)
-    numbers = images._replace(pixels=torch.arange(count))
-    drawn = stratified_subset(numbers, max(round(share * count), len(images.classes)), seed).pixels
-    left = torch.ones(count, dtype=torch.bool)
-    left[drawn] = False
-    if lacking := set(images.classes) - {images.classes[i] for i in images.labels[left]}:
+def draw_share(
+    labels: torch.Tensor, classes: tuple[str, ...], share: float, seed: int, flag: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers, int64, of a share of each class, one image at least, and of the rest to train
+    on. Raises UserError, which names `flag`, if that leaves no images of a class."""
+    numbers = Images(torch.arange(len(labels)), labels, classes)
+    size = max(round(share * len(labels)), len(classes))
+    drawn = stratified_subset(numbers, size, seed).pixels
+    rest = numbers.pixels[~torch.isin(numbers.pixels, drawn)]
+    if lacking := set(classes) - {classes[i] for i in labels[rest]}:
         which = ", ".join(sorted(lacking)[:NAMED])
         raise UserError(f"{flag} {share:g} leaves no pictures to train on of {which}")
-    say_once(f"{flag} {share:g}: {len(drawn):,} of {count:,} pictures are drawn and not trained on")
-    parts = [Images(images.pixels[i], images.labels[i], images.classes) for i in (drawn, left)]
-    return parts[0], parts[1]
+    said = f"{size:,} of {len(labels):,} pictures are drawn and not trained on"
+    say_once(f"{flag} {share:g}: {said}")
+    return drawn, rest
 
 
 def pictures_in(path: Path, may_lack: bool) -> tuple[tuple[str, ...], list[Path]]:
