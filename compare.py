@@ -9,9 +9,7 @@ smaller than that of either accuracy. The verdict says which strategy wins, by
 how much, and whether that is more than chance.
 """
 
-import plumbing  # noqa: F401  # before torch, for whose threads it sets something
-
-# isort: split
+import plumbing  # isort: skip  # noqa: F401  # before torch, for whose threads it sets something
 import itertools
 import sys
 from pathlib import Path

@@ -9,9 +9,7 @@
 What --per-class writes lies beside the checkpoint.
 """
 
-import plumbing  # noqa: F401  # before torch, for whose threads it sets something
-
-# isort: split
+import plumbing  # isort: skip  # noqa: F401  # before torch, for whose threads it sets something
 import sys
 from argparse import Namespace
 from pathlib import Path

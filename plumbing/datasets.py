@@ -34,8 +34,7 @@ SOURCES = {"cifar10": (Zenodo, BrainChip, CIFAR10), "cifar100": (CIFAR100,)}
 
 
 def load_splits(args: Namespace, batchnorm_learns: bool) -> Splits:
-    """The images that train.py's flags ask for, checked to be something that can be learned.
-    Raises UserError."""
+    """The images that train.py's flags ask for. Raises UserError for what cannot be learned."""
     if args.test_share and args.dataset != "folder":
         raise UserError("--test-share is for --dataset folder: this data set has test images")
     where, share = (args.data_dir, args.image_size), (args.test_share, args.test_seed)
@@ -86,16 +85,14 @@ def check(args: Namespace, train: Images, test: Images, batchnorm_learns: bool) 
         raise UserError(f"{fewest} images are too few for {processes} processes")
     last = distributed.smallest_batch(len(train.labels), args.batch_size)
     if last == 1 and args.image_size == 32 and batchnorm_learns:
-        raise UserError(
-            f"--batch-size {args.batch_size} leaves a batch of one of the {len(train.labels)} "
-            "images, from which BatchNorm cannot learn at --image-size 32: change either"
-        )
+        one = f"--batch-size {args.batch_size} leaves a batch of one image"
+        why = "BatchNorm cannot learn from it at --image-size 32: change either"
+        raise UserError(f"{one} of {len(train.labels)}: {why}")
 
 
 def load(name: str, split: str, data_dir: Path, image_size: int, *of_folder: object) -> Images:
-    """Load one split, "train", "val" or "test", of one of DATASETS into memory. image_size: larger
-    folder pictures are resized once, here. of_folder: what pictures.folder takes after it. Raises
-    UserError."""
+    """Load one split, "train", "val" or "test", of one of DATASETS. image_size: larger pictures are
+    resized here, once. of_folder: what pictures.folder takes after it. Raises UserError."""
     if name == "synthetic":
         return synthetic(split)
     if name == "synthetic-other":
@@ -132,8 +129,8 @@ class TestSets:
 
 
 def fetch(name: str, data_dir: Path) -> None:
-    """Have torchvision download a CIFAR data set, check its md5 and unpack it, from the first
-    source that delivers. Raises UserError naming every source that failed, and what to do."""
+    """Have torchvision download CIFAR from the first source that delivers, check its md5 and unpack
+    it. Raises UserError naming every source that failed, and what to do."""
     if data_dir.is_dir() and "train" in pictures.split_folders(data_dir):
         raise UserError(f"{data_dir} holds pictures: --dataset folder was probably meant")
     try:
@@ -152,10 +149,8 @@ def fetch(name: str, data_dir: Path) -> None:
             except (OSError, ValueError, HTTPException, RuntimeError) as error:
                 failures.append(f"{source.url}: {error}")
     by_hand = f"Put that file (md5 {md5}) into {data_dir.resolve()} by hand"
-    raise UserError(
-        f"could not download {archive.name} ({'; '.join(failures)}). {by_hand}, or use "
-        "--dataset synthetic, which needs no files"
-    )
+    instead = f"{by_hand}, or use --dataset synthetic, which needs no files"
+    raise UserError(f"could not download {archive.name} ({'; '.join(failures)}). {instead}")
 
 
 def synthetic(split: str) -> Images:

@@ -76,8 +76,8 @@ def folder(
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folder of each split that there is. val/ is for the test where test/ is missing, or is a
-    heap of pictures without classes, as Kaggle hands it out. Raises UserError."""
+    """The folder of each split that there is. val/ is for the test where test/ is missing, or has
+    no classes, as Kaggle hands it out. Raises UserError."""
     there = {path.name.lower(): path for path in folders_in(root)}
     found = {}
     for split, usual in SPLITS.items():
@@ -92,8 +92,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def split_folder(root: Path, split: str, test_share: float | None = None) -> Path:
-    """Where a split's classes are: with test_share for both splits the training folder, or `root`
-    where there is none. Raises UserError."""
+    """Where a split's classes are: one folder for both with test_share. Raises UserError."""
     found = split_folders(root)
     if test_share:
         if "test" in found:
@@ -101,7 +100,7 @@ def split_folder(root: Path, split: str, test_share: float | None = None) -> Pat
         return found.get("train", root)
     if split not in found:
         there = ", ".join(path.name for path in folders_in(root)[:NAMED]) or "no folders"
-        usual = " or ".join(SPLITS[split] + SPLITS["val"] * (split == "test"))
+        usual = " or ".join(SPLITS[split] + (SPLITS["val"] if split == "test" else ()))
         raise UserError(
             f"no {root}/{usual}, only {there}: --dataset folder reads "
             "DIR/train/<class>/* and DIR/test/<class>/*, with --data-dir DIR; --test-share 0.2 "
@@ -130,8 +129,8 @@ def draw_share(
 
 
 def pictures_in(path: Path, may_lack: bool) -> tuple[tuple[str, ...], list[Path]]:
-    """The classes, sorted, and the pictures of all of them. may_lack: a class may be empty. Raises
-    UserError, also for pictures that lie deeper: they may be a class of their own."""
+    """The classes, sorted, and their pictures. may_lack: a class may be empty. Raises UserError,
+    also for pictures that lie deeper: they may be a class of their own."""
     names = {composed(place.name) for place in folders_in(path)}
     if not names:
         raise UserError(f"{path} has no folder in it: it takes one for each class")
@@ -149,8 +148,8 @@ def pictures_in(path: Path, may_lack: bool) -> tuple[tuple[str, ...], list[Path]
 
 
 def find_pictures(path: Path) -> list[Path]:
-    """A file, or all pictures in a folder and below it, in the same order on every system. Says how
-    many other files are left out, by their ending. Raises UserError."""
+    """A file, or all pictures in a folder and below it, in the same order on every system. What is
+    left out is counted by ending. Raises UserError."""
     if not path.is_dir():
         return [path]
     files, left_out = [], Counter()
@@ -162,8 +161,7 @@ def find_pictures(path: Path) -> list[Path]:
                 files.append(Path(where, name))
             else:
                 left_out[ending or "without an ending"] += 1
-    told = [f"{count} {what}" for what, count in left_out.most_common() if count]
-    if told:
+    if told := [f"{count} {what}" for what, count in left_out.most_common() if count]:
         say_once(f"left out of {path}: {', '.join(told)}")
     if not files:
         raise UserError(f"{path} holds no pictures (read: {READ})")

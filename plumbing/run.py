@@ -30,9 +30,9 @@ CHECKPOINT_SECONDS, CHECKPOINT_INTERVAL = 60, 20
 
 
 class Run:
-    """A run's folder while one process trains in it. lengths: how many epochs were asked for, in
-    order; start: when the command was started, monotonic. Entering raises UserError when another
-    process is in the folder, and when it holds another run or a damaged checkpoint."""
+    """A run's folder while one process trains in it. lengths: the epochs asked for, in order;
+    start: when the command was started, monotonic. Entering raises UserError when another process
+    is in the folder, and when it holds another run or a damaged checkpoint."""
 
     def __init__(
         self, args: Namespace, settings: Settings, lengths: list[int], images: Splits, start: float
@@ -93,13 +93,12 @@ class Run:
                     )
         # A run of an edited recipe is another run, too. To go on would mix the two. To begin anew
         # replaces the old one, but only when an epoch is kept: a mistyped idea costs nothing.
-        if changed and self.args.resume:
-            raise UserError(
-                f"{self.folder} was trained with another {in_words(changed)}: give this variation "
-                f"a name, --tag NAME, use another --out, or leave out --resume to begin anew"
-            )
         if changed:
-            print(f"replaces {self.folder}, trained with another {in_words(changed)}")
+            other = f"{self.folder}, trained with another {in_words(changed)}"
+            if self.args.resume:
+                name_it = "give this variation a name, --tag NAME, use another --out"
+                raise UserError(f"{other}: {name_it}, or leave out --resume to begin anew")
+            print(f"replaces {other}")
             for pattern in ("epoch*", "latest.pt", "best*", "history.csv"):
                 self.outdated += self.folder.glob(pattern)
         elif saved.keys() - {"best.pt"}:
@@ -139,14 +138,14 @@ class Run:
             load_optimizer(parts["optimizer"], saved["optimizer"])
             for name in parts.keys() - {"optimizer"}:
                 parts[name].load_state_dict(saved[name])
-            self.history = list(saved["history"])
+            self.history = saved["history"]
             self.started -= saved["seconds"]
             self.checkpoint = None  # its memory is needed
             print(f"resumed  after epoch {len(self.history)}")
-        self.first = len(self.history) + 1
 
     def epochs(self) -> Iterator[int]:
         """The epochs to train, counted from 1."""
+        self.first = len(self.history) + 1
         for epoch in range(self.first, self.last_epoch + 1):
             self.epoch_started = time.monotonic()
             yield epoch
@@ -195,9 +194,9 @@ class Run:
             print(f"saved    {self.folder}/epoch{epoch}.pt, {seconds:.1f} s in all", flush=True)
 
     def save(self, epoch: int) -> None:
-        """epochN.pt for a length that was asked for; else latest.pt, once a minute at most, and
-        seldom enough that writing takes under a twentieth of the time; best.pt for the best epoch
-        on val; and history.csv. What has come further is not taken back."""
+        """epochN.pt for a length that was asked for; else latest.pt, once a minute at most, and so
+        that writing takes under a twentieth of the time; best.pt for the best epoch on val; and
+        history.csv. What a longer run left stays."""
         interval = max(CHECKPOINT_SECONDS, CHECKPOINT_INTERVAL * self.write_seconds)
         due = time.monotonic() - self.written >= interval
         while self.outdated:
@@ -231,13 +230,11 @@ class Run:
 
     def metadata(self) -> dict:
         """What does not tell runs apart: where things were, and what trained it."""
-        args, parameters = self.args, list(self.parts["model"].parameters())
+        asked, parameters = vars(self.args), list(self.parts["model"].parameters())
         device = parameters[0].device
         return {
-            "dataset": args.dataset,
-            "data_dir": str(args.data_dir),
-            "weights": args.weights,
-            "test_share": args.test_share,
+            **{name: asked[name] for name in ("dataset", "weights", "test_share")},
+            "data_dir": str(asked["data_dir"]),
             "picture_size": self.images.picture_size,
             "train_images": self.images.train_images,
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),

@@ -17,9 +17,7 @@ Also takes train.py's --dataset, --data-dir, --weights, --model, --image-size,
 --batch-size, --seed, --device and --precision. Losses and memory are in the CSV.
 """
 
-import plumbing  # noqa: F401  # before torch, for whose threads it sets something
-
-# isort: split
+import plumbing  # isort: skip  # noqa: F401  # before torch, for whose threads it sets something
 import contextlib
 import io
 import multiprocessing
