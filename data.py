@@ -162,7 +162,7 @@ def open_picture(file: str | Path) -> tuple[Image.Image, bool]:
 
 
 def as_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """See open_picture. Raises ValueError for values of which nobody knows what is white."""
+    """See open_picture. Raises ValueError for values whose white is not known."""
     if image.mode[0] in "IF":  # one channel of 16 or 32 bits
         values = np.asarray(image)
         low, high = values.min(), values.max()

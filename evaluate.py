@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
                 rows = name_pictures(path, trained, pictures)
                 failed |= len(rows) < len(pictures)
             else:
-                rows.append(score(path, trained, test_sets, args, header=not rows))
+                images = test_sets.of(trained.checkpoint, args.data_dir)
+                rows.append(score(path, trained, images, args.per_class, header=not rows))
         except UserError as error:  # the others are scored all the same
             about = "" if path in str(error) else f"{path}: "
             complain(f"{about}{error}")
@@ -80,17 +81,14 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def score(
-    path: str, trained: Trained, test_sets: datasets.TestSets, args: Namespace, header: bool
-) -> dict:
+def score(path: str, trained: Trained, images: Images, per_class: bool, header: bool) -> dict:
     """Score one checkpoint on its test set, print its line, and give its row of the CSV."""
-    images = test_sets.of(trained.checkpoint, args.data_dir)
     batches = prepared(images.pixels, trained.image_size, trained.device)
     logits = predict(trained.model, batches, trained.device, trained.precision).cpu()
     scores = {f"test_{name}": value for name, value in metrics(logits, images.labels).items()}
     row = summary_row(path, trained.checkpoint, scores) | {"test_images": len(images.labels)}
     print_row(row, header)
-    if args.per_class:
+    if per_class:
         report_classes(Path(path), logits, images)
     return row
 

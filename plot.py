@@ -29,7 +29,7 @@ from plumbing.cli import Parser, UserError, command
 STRATEGIES = ["fc", "fc+layer4", "fc+layer3+layer4"]
 COLORS = ["#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#000000"]
 STYLES = cycler(color=COLORS, linestyle=[":", "--", "-", *["-."] * 5], marker=[*"s^oDvPX*"])
-PUBLISHED_RATES = {"layer3=1e-05", "layer4=0.0001", "fc=0.001"}  # these go without saying
+PUBLISHED_RATES = {"layer3=1e-05", "layer4=0.0001", "fc=0.001"}  # which a label leaves out
 # What runs share that are drawn together, and, of these, as one line beside their label.
 KIND = ("dataset", "model", "weights", "precision", "split")
 SIZES = ("train_images", "image_size", "batch_size")

@@ -39,8 +39,8 @@ def keep(
     Returns the features, now to be looked up, and the seconds that it took. Raises UserError when
     a place that was asked for cannot hold them all."""
     start, computed = time.monotonic(), 0
-    # How many images of each are still to be kept. Those that come out as they went in, or
-    # differently in every epoch, are not kept.
+    # How many images of each are still to be kept. What no stage changes, or AUGMENT changes in
+    # every epoch, is not kept.
     left = {name: len(some) for name, some in inputs.items() if some.prefix and not some.augment}
     pieces = {name: [] for name in inputs}
     for place in usable_places(wanted, device):
@@ -189,13 +189,7 @@ class SplitFeatures:
     def __len__(self) -> int:
         return sum(map(len, self.pieces))
 
-    def batches(
-        self,
-        size: int | list[int],
-        order: torch.Tensor | None = None,
-        flips: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[torch.Tensor]:
+    def batches(self, size, order=None, flips=None, generator=None) -> Iterator[torch.Tensor]:
         """As Features.batches; nothing is augmented here."""
         one, rows = self.pieces[0], torch.arange(len(self)) if order is None else order
         mirrored = torch.zeros(len(self), dtype=torch.bool) if flips is None else flips

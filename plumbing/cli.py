@@ -110,7 +110,7 @@ def command(main: Callable[[], None], when_stopped: str, when_full: str) -> None
     a loss that is not finite, with 1. Any other error is a traceback."""
 
     def terminate(*_) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told twice, it ends once
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one changes nothing
         raise KeyboardInterrupt(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, terminate)

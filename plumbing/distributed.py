@@ -148,15 +148,14 @@ def ddp(tail: nn.Module) -> nn.Module:
         return tail
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.14
     tail = DistributedDataParallel(tail, broadcast_buffers=False)
+
+    def weigh_gradient(_, inputs: tuple[torch.Tensor], logits: torch.Tensor) -> None:
+        """Makes a rank's gradient count by the images of its batch: the mean of all is taken."""
+        if logits.requires_grad:
+            images = torch.tensor(len(logits), dtype=torch.float64, device=logits.device)
+            dist.all_reduce(images)
+            weight = len(logits) * world_size() / images
+            logits.register_hook(lambda gradient: gradient * weight.to(gradient.dtype))
+
     tail.register_forward_hook(weigh_gradient)
     return tail
-
-
-def weigh_gradient(tail: nn.Module, inputs: tuple[torch.Tensor], logits: torch.Tensor) -> None:
-    """DistributedDataParallel takes the mean of the ranks' gradients, so this makes a rank's count
-    by the images of its batch."""
-    if logits.requires_grad:
-        images = torch.tensor(len(logits), dtype=torch.float64, device=logits.device)
-        dist.all_reduce(images)
-        weight = len(logits) * world_size() / images
-        logits.register_hook(lambda gradient: gradient * weight.to(gradient.dtype))

@@ -14,7 +14,7 @@ from plumbing.machine import PRECISIONS, device_flag
 
 
 def parse(description: str, recipe: dict, argv: list[str] | None) -> argparse.Namespace:
-    """What the user asked for. recipe: the defaults. Raises UserError for one that is none."""
+    """What the user asked for. recipe: the defaults. Raises UserError for an unknown name."""
     parser = Parser(description)
     add = parser.add_argument
     rates = " ".join(f"{stage}={rate:g}" for stage, rate in recipe["rates"].items())

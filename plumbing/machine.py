@@ -25,7 +25,7 @@ from plumbing.files import nearest
 MPS_SINCE = "2.14"  # the first torch with pytorch/pytorch#188371
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NO_DEVICE = "this PyTorch sees no such device"
-# Said of a full memory by: CUDA and MPS; the CPU, on Linux and Windows; cuBLAS; cuDNN 9, two ways.
+# In the errors of a full memory, of CUDA and MPS; the CPU, on Linux and Windows; cuBLAS; cuDNN 9.
 MEMORY_IS_FULL = "out of memory|allocate memory|not enough memory"
 MEMORY_IS_FULL += "|alloc_failed|allocation_failed|unable to find an engine"
 

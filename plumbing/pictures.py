@@ -101,11 +101,9 @@ def split_folder(root: Path, split: str, test_share: float | None = None) -> Pat
     if split not in found:
         there = ", ".join(path.name for path in folders_in(root)[:NAMED]) or "no folders"
         usual = " or ".join(SPLITS[split] + (SPLITS["val"] if split == "test" else ()))
-        raise UserError(
-            f"no {root}/{usual}, only {there}: --dataset folder reads "
-            "DIR/train/<class>/* and DIR/test/<class>/*, with --data-dir DIR; --test-share 0.2 "
-            "takes a fifth of DIR/<class>/* or DIR/train/<class>/* for the test"
-        )
+        reads = "--dataset folder reads DIR/train/<class>/* and DIR/test/<class>/*"
+        share = "--test-share 0.2 takes a fifth of DIR/<class>/* or DIR/train/<class>/*"
+        raise UserError(f"no {root}/{usual}, only {there}: {reads}, with --data-dir DIR; {share}")
     if split != "train":
         say_once(f"{split} pictures from {found[split]}")
     return found[split]
@@ -219,10 +217,9 @@ def decode(files: list[Path], size: Sequence[int]) -> np.ndarray:
     need = len(files) * height * width * 3
     free = free_memory("host", torch.device("cpu"), Path())
     if free is not None and need > free:
-        raise UserError(
-            f"{len(files):,} pictures of {width}x{height} take {need / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB are free: use a smaller --image-size or fewer pictures"
-        )
+        sizes = f"take {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        less = "use a smaller --image-size or fewer pictures"
+        raise UserError(f"{len(files):,} pictures of {width}x{height} {sizes}: {less}")
     pixels = np.empty((len(files), height, width, 3), np.uint8)
 
     def decode_one(i: int) -> str | None:

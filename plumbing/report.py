@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # it imports this file
     from plumbing.run import Run
 
 MANY_EPOCHS, SHORT_SECONDS = 20, 10  # a run of more epochs that are shorter shows one in ten
-USUAL = ("loss", "accuracy", "images", "share", "seed")  # what is printed, or no metric
+USUAL = ("loss", "accuracy", "images", "share", "seed")  # printed elsewhere, or no metrics
 
 
 def metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -130,11 +130,9 @@ def print_epoch(row: dict, last: int, header: bool) -> None:
         return
     found = figures(row)
     more = "".join(f"  {name} {value:.4g}" for name, value in found.items() if name not in USUAL)
-    print(
-        f"{epoch:4}/{last:<4} {row['train_loss']:11.4f} {row['train_accuracy']:9.2%} "
-        f"{found['loss']:11.4f} {found['accuracy']:9.2%} {seconds:9.1f}{more}",
-        flush=True,
-    )
+    numbers = f"{row['train_loss']:11.4f} {row['train_accuracy']:9.2%} {found['loss']:11.4f}"
+    numbers += f" {found['accuracy']:9.2%} {seconds:9.1f}"
+    print(f"{epoch:4}/{last:<4} {numbers}{more}", flush=True)
 
 
 def split_of(row: dict) -> str:
@@ -166,8 +164,6 @@ def print_row(row: dict, header: bool) -> None:
         others = "".join(f"{name:>10}" for name in more)
         print(f"train loss {split_of(row) + ' loss':>10}   accuracy  images  epochs{others}  run")
     others = "".join(f"{value:10.4g}" for value in more.values())
-    print(
-        f"{row['train_loss']:10.4f} {found['loss']:10.4f} {found['accuracy']:10.2%} "
-        f"{found['images']:7,} {row['epochs']:7}{others}  {row['run']}",
-        flush=True,
-    )
+    numbers = f"{row['train_loss']:10.4f} {found['loss']:10.4f} {found['accuracy']:10.2%}"
+    numbers += f" {found['images']:7,} {row['epochs']:7}{others}"
+    print(f"{numbers}  {row['run']}", flush=True)

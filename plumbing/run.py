@@ -87,10 +87,9 @@ class Run:
                 if setting == "code":
                     changed |= changed_names(before, value)
                 elif before != value:
-                    raise UserError(
-                        f"{self.folder / name} was trained with {setting} {before}, not {value}: "
-                        f"go on as it began, use another --out, or delete {self.folder}"
-                    )
+                    wrong = f"{self.folder / name} was trained with {setting} {before}, not {value}"
+                    choice = f"go on as it began, use another --out, or delete {self.folder}"
+                    raise UserError(f"{wrong}: {choice}")
         # A run of an edited recipe is another run, too. To go on would mix the two. To begin anew
         # replaces the old one, but only when an epoch is kept: a mistyped idea costs nothing.
         if changed:
@@ -116,7 +115,7 @@ class Run:
         write_rows(self.folder / "history.csv", saved[last]["history"])
         if last != "latest.pt":
             (self.folder / "latest.pt").unlink(missing_ok=True)
-        # What begins again from the start takes nothing from what has come further.
+        # A run that begins again from the start keeps what a longer one has left.
         if "best.pt" in saved:
             self.best = saved["best.pt"]["history"][-1]["val_accuracy"]
         if not self.args.resume:
@@ -157,10 +156,9 @@ class Run:
         moved = {id(parameter) for group in groups for parameter in group["params"]}
         for name, parameter in (*self.parts["model"].named_parameters(), *tail.named_parameters()):
             if parameter.requires_grad and id(parameter) not in moved:
-                raise UserError(
-                    f"{name} has requires_grad and is not in the optimizer: name its stage in "
-                    "--unfreeze, or add it to the optimizer's groups"
-                )
+                put_right = "name its stage in --unfreeze, or add it to the optimizer's groups"
+                wrong = f"{name} has requires_grad and is not in the optimizer"
+                raise UserError(f"{wrong}: {put_right}")
         self.row = distributed.all_reduce_mean(numbers, images)
         self.train_seconds = time.monotonic() - self.epoch_started
 
@@ -171,10 +169,8 @@ class Run:
         losses = [value for name, value in (self.row | scores).items() if "loss" in name]
         if not math.isfinite(sum(losses)):
             kept = f"; {self.folder} keeps epoch {self.newest}" if self.newest else ""
-            raise FloatingPointError(
-                f"the loss is not finite in epoch {epoch} with --lr "
-                f"{self.settings.learning_rates}: try lower rates{kept}"
-            )
+            rates = f"with --lr {self.settings.learning_rates}: try lower rates"
+            raise FloatingPointError(f"the loss is not finite in epoch {epoch} {rates}{kept}")
         shown = scores
         if "val" in correct:  # the test is for later, when all is chosen
             shown = {name: scores[name] for name in scores if name.startswith("val_")}
@@ -229,7 +225,7 @@ class Run:
             self.write_seconds = self.written - start
 
     def metadata(self) -> dict:
-        """What does not tell runs apart: where things were, and what trained it."""
+        """Recorded beside the settings: two runs that differ here alone are the same run."""
         asked, parameters = vars(self.args), list(self.parts["model"].parameters())
         device = parameters[0].device
         return {

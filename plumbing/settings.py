@@ -1,5 +1,5 @@
-"""A run's settings, from which come its name, its row in a CSV file, and what is the same run; two
-of them more closely: the rates over time, and the recipe's code."""
+"""A run's settings, which give its name and its row in a CSV file, and tell whether two runs are
+the same; and two of them more closely: the rates over time, and the recipe's code."""
 
 import ast
 import hashlib
@@ -98,8 +98,7 @@ def settings_of(
     train_file: str,
 ) -> Settings:
     """The settings of the run that train.py's flags ask for. rates: of the stages that learn, in
-    the order they run; model: before any training; lengths: epochs asked for; schedule: train.py's;
-    train_file: where that is."""
+    the order they run; model: before any training; lengths: epochs asked for."""
     *backbone, head = rates
     stages = [head, *backbone]
     as_asked = ["tag", "model", "image_size", "batch_size", "frozen_batchnorm", "seed", "test_seed"]
@@ -158,7 +157,7 @@ class Schedule:
         self, make: Callable | None, optimizer: torch.optim.Optimizer, epochs: int, steps: int
     ):
         self.optimizer, self.scheduler, self.by_step = optimizer, None, False
-        if make is not None:
+        if make:
             self.by_step = any("step" in name for name in inspect.signature(make).parameters)
             self.scheduler = make(optimizer, steps if self.by_step else epochs)
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):

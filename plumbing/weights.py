@@ -73,11 +73,9 @@ class Trained(NamedTuple):
     precision: str
 
 
-def load_model(
-    checkpoint: dict, device: str | None = None, precision: str | None = None
-) -> Trained:
-    """The network, rebuilt from nothing else, on the device and in the precision of its training
-    unless others are asked for. Raises UserError for a device that is not there."""
+def load_model(checkpoint: dict, device: str = "", precision: str = "") -> Trained:
+    """The network, on the device and in the precision of its training unless others are asked for.
+    Raises UserError for a device that is not there."""
     settings = checkpoint["settings"]
     where = pick_device(device or checkpoint["metadata"]["device_type"])
     how = pick_precision(precision or settings["precision"], where)

@@ -48,8 +48,8 @@ PASSED = ("model", "weights", "image_size", "batch_size", "seed", "device", "pre
 
 
 def measure(variant: str, root: Path, strategy: str, args: Namespace) -> dict[str, float]:
-    """Train in a new process on the pictures in root/train and test on those in root/test. Returns
-    columns of the CSV file, and the seconds that the process took, with Python's start."""
+    """Train in a new process on root/train and test on root/test. Returns columns of the CSV file,
+    and the seconds that the process took, with Python's start."""
     show_line(f"{strategy}: {variant}")
     start = time.monotonic()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -115,8 +115,7 @@ def run_ours(root: Path, strategy: str, args: Namespace, cache: str) -> tuple[li
 
 
 def row_of(strategy: str, variant: str, result: dict, sizes: tuple, full: tuple) -> dict:
-    """A row of the CSV file, projected to all images. sizes and full: how many images were
-    measured and how many the data set has, (train, test)."""
+    """A row of the CSV file, projected from `sizes` to `full`, numbers of (train, test) images."""
     row = {"strategy": strategy, "variant": variant} | result
     reading = row.pop("read_seconds")  # which the process did twice
     start_up = row.pop("wall_seconds") - row.pop("measured_seconds") - 2 * reading

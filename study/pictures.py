@@ -83,8 +83,8 @@ def race(runs: list[dict], benchmark: Path) -> "pyplot.Figure | None":
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for row in plot.read_csv(benchmark):
         strategy = f"fc+{row['strategy']}".replace("fc+fc", "fc")  # older files leave out fc
-        found = [run for run in runs if (run["label"], run["seed"]) == (strategy, 0)]
-        found = [run for run in found if (run["train_images"], run["image_size"]) == (largest, 224)]
+        same = {"label": strategy, "seed": 0, "train_images": largest, "image_size": 224}
+        found = [run for run in runs if same.items() <= run.items()]
         if not found or row["variant"] not in ("textbook", "ours"):
             continue
         run = max(found, key=lambda run: run["epochs"])
