@@ -3,7 +3,6 @@
 import math
 import textwrap
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +16,6 @@ from plumbing.cli import progress, wipe_line
 from plumbing.distributed import Splits
 from plumbing.machine import autocast, device_name
 from plumbing.settings import Settings
-
-if TYPE_CHECKING:  # it imports this file
-    from plumbing.run import Run
 
 MANY_EPOCHS, SHORT_SECONDS = 20, 10  # a run of more epochs that are shorter shows one in ten
 USUAL = ("loss", "accuracy", "images", "share", "seed")  # printed elsewhere, or no metrics
@@ -85,8 +81,8 @@ def score_epoch(
     return scores, correct
 
 
-def print_setup(run: "Run", model: nn.Module, images: Splits, device: torch.device) -> None:
-    """What a run is about to do: where, on which pictures, which stages learn, on what device."""
+def print_setup(run, model: nn.Module, images: Splits, device: torch.device) -> None:
+    """What a plumbing.run.Run is about to do: where, on which pictures, which stages learn, ..."""
     print(run.folder)
     others = [f"{len(split.labels):,} {name}" for name, split in images.watched().items()]
     print(f"data     {images.train_images:,} train and {' and '.join(others)} images")
