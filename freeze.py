@@ -80,8 +80,7 @@ def last_layer(model: nn.Module) -> str:
 
 
 def stages(model: nn.Module) -> dict[str, nn.Module]:
-    """By name, in the order they run, from the pixels to the head. The pooling before the head
-    learns nothing and belongs to none."""
+    """By name, in the order they run; the pooling before the head, the last, belongs to none."""
     if hasattr(model, "layer4"):  # a ResNet
         stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
         return {"stem": stem} | {name: getattr(model, name) for name in STAGES[1:]}
@@ -97,8 +96,7 @@ def stage_names(name: str) -> list[str]:
 
 
 def freeze(model: nn.Module, unfrozen: Collection[str]) -> None:
-    """Let the unfrozen stages learn, and no others; goes with train_mode, its other half. Raises
-    ValueError for a name that is no stage's."""
+    """Let these stages learn, and no others. Raises ValueError for a name that is no stage's."""
     names = list(stages(model))
     if isinstance(unfrozen, str):
         raise ValueError(f'freeze takes a list of stages: freeze(model, ["{unfrozen}"])')

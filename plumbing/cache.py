@@ -75,12 +75,12 @@ def bytes_left(inputs: dict[str, Features], left: dict[str, int]) -> int:
 
 
 def usable_places(wanted: str, device: torch.device) -> list[str]:
-    """auto: where a look-up is faster than computing anew. A GPU computes 128 features sooner than
-    a disk reads them; a CPU does not."""
+    """auto: those from which a look-up is faster than computing anew."""
     if wanted == "off":
         return []
     if wanted != "auto":
         return [wanted]
+    # A GPU computes 128 features sooner than a disk reads them; a CPU does not.
     return ["device", "host"] if device.type == "cuda" else ["host", "disk"]
 
 

@@ -21,8 +21,7 @@ from plumbing.machine import pick_device
 
 
 class Splits(NamedTuple):
-    """A data set to train and to test on. Each process has the pixels of its own images, but all
-    labels of test and val."""
+    """A data set. Each process has the pixels of its own images, and all labels of test and val."""
 
     train: Images
     val: Images | None  # to choose epoch and strategy on; without it, test is what there is
@@ -45,7 +44,7 @@ def rank() -> int:
 
 
 def init(name: str) -> torch.device:
-    """Join the processes that torchrun has started, if it has: rank 0 alone prints from now on.
+    """Join the processes that torchrun has started, if it has; rank 0 alone prints from now on.
     name: what --device says. Returns this process's device. Raises UserError."""
     if "LOCAL_RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         return pick_device(name)
@@ -83,8 +82,8 @@ def local_rows(values: torch.Tensor) -> torch.Tensor:
 def local_epoch(
     order: torch.Tensor, flips: torch.Tensor, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, int | list[int]]:
-    """Of an epoch's order, int64 [images], and its flips, bool [images], this rank's, with its
-    images counted from 0; and how many images its batches have."""
+    """This rank's part of an epoch's order, int64 [images], and flips, bool [images], with its
+    images counted from 0; and the sizes of its batches."""
     if world_size() == 1:
         return order, flips, batch_size
     own = order[order % world_size() == rank()] // world_size()

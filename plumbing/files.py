@@ -86,8 +86,7 @@ def plain(value: object) -> object:
 
 
 def writable(text: str | Path) -> Path:
-    """An argparse type: a file to write. Raises before hours of work the UserError that write_file
-    would raise after them."""
+    """An argparse type: a file to write. Raises UserError before hours of work, not after them."""
     file = Path(text).expanduser().absolute()
     try:
         tempfile.TemporaryFile(dir=nearest(file.parent)).close()

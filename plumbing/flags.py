@@ -76,8 +76,7 @@ def parse(description: str, recipe: dict, argv: list[str] | None) -> argparse.Na
 
 
 def learning_rates(args: argparse.Namespace, published: dict[str, float]) -> dict[str, float]:
-    """The rate of each stage that learns, in the order they run; the head, the last of them, learns
-    always. Raises UserError."""
+    """By stage that learns, in the order they run; the head always does. Raises UserError."""
     names = freeze.stage_names(args.model)
     for stage in args.unfreeze:
         if stage not in names:

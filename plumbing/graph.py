@@ -108,8 +108,7 @@ class CudaGraphStep:
         return learns, modes, values, names
 
     def warm_up(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """An ordinary step; not on the default stream, says the documentation. The last one is
-        watched for what cannot be recorded."""
+        """An ordinary step, not on the default stream, as documented; the last one is watched."""
         self.warm_steps += 1
         step = self.step if self.warm_steps < WARM_UP_STEPS else self.watch
         main = torch.cuda.current_stream()
@@ -177,8 +176,7 @@ def own_function(step: Callable) -> Callable:
 
 
 def read_by(step: Callable) -> Iterator[tuple[str, object]]:
-    """The names of its module that a step reads, itself and in other functions of that module that
-    it names, with what they stand for."""
+    """What a step, and other functions of its module that it names, read there, by name."""
     module, unread, seen = own_function(step).__module__, [own_function(step)], set()
     while unread:
         function = unread.pop()

@@ -38,8 +38,7 @@ def device_flag(text: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, then Apple's MPS, then the CPU, the first that works. Raises UserError for one
-    that does not."""
+    """auto: the first that works of CUDA, Apple's MPS and the CPU. Raises UserError."""
     if name != "auto":
         if reason := why_not(name):
             raise UserError(f"--device {name}: {reason}; --device auto takes what works")

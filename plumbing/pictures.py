@@ -211,8 +211,7 @@ def size_in_memory(files: list[Path], image_size: int) -> tuple[int, int]:
 
 
 def decode(files: list[Path], size: Sequence[int]) -> np.ndarray:
-    """All pictures, resized to (height, width): uint8 [N, height, width, 3]. Raises UserError
-    naming those that cannot be read."""
+    """All pictures, resized: uint8 [N, height, width, 3]. Raises UserError naming broken ones."""
     height, width = size
     need = len(files) * height * width * 3
     free = free_memory("host", torch.device("cpu"), Path())

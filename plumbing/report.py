@@ -64,8 +64,7 @@ def score_epoch(
     settings: Settings,
     device: torch.device,
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """After an epoch, of each split, test or val: the metrics, as test_loss, ...; and which images
-    are right, bool [images]."""
+    """After an epoch: the metrics, as test_loss, ...; and which images are right, bool [images]."""
     distributed.average_batchnorm(tail)
     scores, correct = {}, {}
     for split, split_images in images.items():
@@ -132,8 +131,7 @@ def print_epoch(row: dict, last: int, header: bool) -> None:
 
 
 def split_of(row: dict) -> str:
-    """On which pictures strategies are chosen: val where a row of history.csv or summary.csv has
-    its accuracy, else test."""
+    """On which pictures strategies are chosen; row: of history.csv or summary.csv."""
     return "val" if "val_accuracy" in row else "test"
 
 

@@ -140,8 +140,7 @@ def spreads(runs: Runs) -> Iterator[str]:
 
 
 def verdict(runs: Runs) -> tuple[str, str]:
-    """What is said of each group of two strategies or more, in lines of at most 80 columns; and
-    which runs are in none of these groups."""
+    """What is said of each group of two strategies or more; and of the runs in none of them."""
     groups = alike(runs, VARIED)
     common = frozenset.intersection(*groups)
     said, compared, reasons = "", set(), ["code", "length", "seed"]

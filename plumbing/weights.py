@@ -126,8 +126,7 @@ def load(weights: str, model: str, classes: tuple[str, ...] = ()) -> tuple[State
 
 
 def imagenet(model: str) -> State:
-    """torchvision's IMAGENET1K_V1, from torch.hub's folder, or downloaded and its hash checked.
-    Raises UserError."""
+    """From torch.hub's folder, or downloaded and its hash checked. Raises UserError."""
     from torchvision.models import get_model_weights  # here: to import it takes seconds
 
     published = get_model_weights(model).IMAGENET1K_V1

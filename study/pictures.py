@@ -18,8 +18,7 @@ from plumbing.cli import Parser, command
 
 
 def sweep(runs: list[dict], column: str, name: str) -> "pyplot.Figure | None":
-    """Accuracy by a number that was varied: of the groups of runs that have one length and all else
-    equal, the one in which most runs differ."""
+    """Accuracy by a number that was varied, in the largest group of otherwise equal runs."""
     groups = plot.by(runs, "epochs", *(size for size in plot.SIZES if size != column)).values()
     groups = sorted(groups, key=lambda group: group[0]["epochs"])  # of equal ones the shorter runs
     runs = max(groups, key=lambda group: len(plot.by(group, "label", column)))
