@@ -103,7 +103,8 @@ def fill_place(
     """The pieces of features that were kept: as many as fit into `room` bytes, or fewer if the
     place is too small in spite of the estimate. The last inputs go first: every epoch looks up all
     test features, but only one of two of a training picture."""
-    parts, where = {}, device if place == "device" else torch.device("cpu")
+    parts = {}
+    where = device if place == "device" else torch.device("cpu")
     show = functools.partial(progress, text="filling, batch")
     try:
         for name in reversed(left):
@@ -191,7 +192,8 @@ class SplitFeatures:
 
     def batches(self, size, order=None, flips=None, generator=None) -> Iterator[torch.Tensor]:
         """As Features.batches; nothing is augmented here."""
-        one, rows = self.pieces[0], torch.arange(len(self)) if order is None else order
+        one = self.pieces[0]
+        rows = torch.arange(len(self)) if order is None else order
         mirrored = torch.zeros(len(self), dtype=torch.bool) if flips is None else flips
         for some in rows.split(size):
             found = torch.empty((len(some), *one.shape[1:]), dtype=one.dtype, device=one.device)

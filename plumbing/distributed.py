@@ -149,7 +149,7 @@ def ddp(tail: nn.Module) -> nn.Module:
     tail = DistributedDataParallel(tail, broadcast_buffers=False)
 
     def weigh_gradient(_, inputs: tuple[torch.Tensor], logits: torch.Tensor) -> None:
-        """Makes a rank's gradient count by the images of its batch: the mean of all is taken."""
+        """Weighs a rank's gradient by the images of its batch, for DDP takes the ranks' mean."""
         if logits.requires_grad:
             images = torch.tensor(len(logits), dtype=torch.float64, device=logits.device)
             dist.all_reduce(images)

@@ -12,7 +12,7 @@ A record repeats kernels with the values that they had. So it is made anew when 
 changed: a value of the optimizer, a mode (train or eval), which parameters learn, a number of a
 module, a name of the step's own module that it reads. A step that waits for the device (item(), a
 printed tensor), or that draws random numbers or counts on the CPU, is not recorded: it runs as it
-is, which is said once. All else that Python does in a step, it does once only.
+is, which is said once. Whatever else Python does in a step, it does once only.
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
 
 Imports torch and numpy only: copy it into yours.

@@ -97,10 +97,14 @@ def split_folder(root: Path, split: str, test_share: float | None = None) -> Pat
         return found.get("train", root)
     if split not in found:
         there = ", ".join(path.name for path in folders_in(root)[:NAMED]) or "no folders"
-        usual = " or ".join(SPLITS[split] + (SPLITS["val"] if split == "test" else ()))
+        usual = SPLITS[split]
+        if split == "test":
+            usual += SPLITS["val"]
         reads = "--dataset folder reads DIR/train/<class>/* and DIR/test/<class>/*"
         share = "--test-share 0.2 takes a fifth of DIR/<class>/* or DIR/train/<class>/*"
-        raise UserError(f"no {root}/{usual}, only {there}: {reads}, with --data-dir DIR; {share}")
+        raise UserError(
+            f"no {root}/{' or '.join(usual)}, only {there}: {reads}, with --data-dir DIR; {share}"
+        )
     if split != "train":
         say_once(f"{split} pictures from {found[split]}")
     return found[split]

@@ -93,11 +93,11 @@ class Run:
         # A run of an edited recipe is another run, too. To go on would mix the two. To begin anew
         # replaces the old one, but only when an epoch is kept: a mistyped idea costs nothing.
         if changed:
-            other = f"{self.folder}, trained with another {in_words(changed)}"
+            other = f"trained with another {in_words(changed)}"
             if self.args.resume:
-                name_it = "give this variation a name, --tag NAME, use another --out"
-                raise UserError(f"{other}: {name_it}, or leave out --resume to begin anew")
-            print(f"replaces {other}")
+                choice = "give this variation a name, --tag NAME, use another --out, or leave out"
+                raise UserError(f"{self.folder} was {other}: {choice} --resume to begin anew")
+            print(f"replaces {self.folder}, {other}")
             for pattern in ("epoch*", "latest.pt", "best*", "history.csv"):
                 self.outdated += self.folder.glob(pattern)
         elif saved.keys() - {"best.pt"}:
