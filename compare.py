@@ -9,33 +9,26 @@ smaller than that of either accuracy. The verdict says which strategy wins, by
 how much, and whether that is more than chance.
 """
 
-import plumbing  # noqa: F401  # before torch, for whose threads it sets something
-
-# isort: split
+import plumbing  # isort: skip  # noqa: F401  # before torch, for whose threads it sets something
 import itertools
 import sys
 from pathlib import Path
 
 from data import UserError
-from plumbing.cli import Parser, command, output, paths
-from plumbing.files import check_writable, write_csv, write_rows
+from plumbing.cli import Parser, command, paths
+from plumbing.files import writable, write_rows
 from plumbing.report import print_row
 from plumbing.verdict import Runs, difference, spreads, verdict
 from plumbing.weights import read_checkpoint, summary_row
-
-PAIRED = ("run", "epochs", "other", "other_epochs", "difference", "standard_error")
-PAIRED += ("only_run_right", "only_other_right", "test_images")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="epochN.pt files of train.py")
-    add("--csv", type=output, metavar="FILE", help="write a row per checkpoint to this file")
-    add("--paired", type=output, metavar="FILE", help="write a row per pair to this file")
+    add("--csv", type=writable, metavar="FILE", help="write a row per checkpoint to this file")
+    add("--paired", type=writable, metavar="FILE", help="write a row per pair to this file")
     args = parser.parse_args(argv)
-    for file in filter(None, (args.csv, args.paired)):
-        check_writable(file)
     runs, failed = [], False
     for path in paths(args.checkpoints):
         try:
@@ -74,12 +67,15 @@ def report_pairs(file: Path | None, runs: Runs) -> None:
         print(f"\n{row['run']}, {row['epochs']} epochs\nagainst {other['run']}, {other['epochs']}:")
         print(f"  {100 * more:+.2f} ± {100 * error:.2f} points; of {len(right):,} images", end=" ")
         print(f"{only:,} right here alone, {only_other:,} there alone")
-        names = row["run"], row["epochs"], other["run"], other["epochs"]
-        pairs.append((*names, more, error, only, only_other, len(right)))
+        pair = {"run": row["run"], "epochs": row["epochs"]}
+        pair |= {"other": other["run"], "other_epochs": other["epochs"]}
+        pair |= {"difference": more, "standard_error": error}
+        pair |= {"only_run_right": only, "only_other_right": only_other, "test_images": len(right)}
+        pairs.append(pair)
     if file and not pairs:
         raise UserError("--paired takes two checkpoints or more, of the same test images")
     if file:
-        write_csv(file, PAIRED, pairs)
+        write_rows(file, pairs)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ class Images(NamedTuple):
 def cifar(
     root: str | Path, name: str = "cifar10", train: bool = True, download: bool = True
 ) -> Images:
-    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), uint8 [50000 or 10000, 32, 32, 3]; checked and
-    unpacked by torchvision, and downloaded by it if it is not in `root`."""
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), uint8 [50000 or 10000, 32, 32, 3]; torchvision
+    downloads it if it is not in `root`, checks and unpacks it."""
     warnings.filterwarnings("ignore", message=".*align should be passed")  # how CIFAR was pickled
     from torchvision import datasets  # here: to import it takes as long as torch itself
 
@@ -68,12 +68,11 @@ def transform(
     pixels: uint8 [B, H, W, 3]; flips: bool [B], which images to mirror left to right.
     Returns `dtype` [B, 3, image_size, image_size] in channels_last memory, ImageNet-normalized,
     about -2.1 to 2.6. From 32x32 to 224x224 equal to Resize, ToTensor and Normalize of PIL images
-    to floating-point rounding. For sizes that are no multiples some values are a level of 256 off,
-    seldom two: from 50x40 to 32x32 a quarter of them (Pillow 13).
+    to rounding. For sizes that are no multiples some values are a level of 256 off, seldom two:
+    from 50x40 to 32x32 a quarter of them (Pillow 13).
 
     It must give the same for the same picture and flip, since that is computed once and kept. What
-    is random, such as a crop, belongs into train.py's AUGMENT.
-    """
+    is random, such as a crop, belongs into train.py's AUGMENT."""
     if flips is not None:  # on the small image: mirroring commutes with resizing
         pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(2), pixels)
     images = pixels.permute(0, 3, 1, 2)
@@ -107,8 +106,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> tuple[torch.Tensor, torch.
 
 
 def epoch_generator(seed: int, epoch: int, device: torch.device | str) -> torch.Generator:
-    """What an epoch's augmentation is drawn from, batch after batch: a function of (seed, epoch)
-    and of the kind of device."""
+    """Where an epoch's augmentation draws its numbers: a function of (seed, epoch) and device."""
     state = np.random.SeedSequence([seed, epoch, 1]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state[0] >> 1))
 
@@ -164,7 +162,7 @@ def open_picture(file: str | Path) -> tuple[Image.Image, bool]:
 
 
 def as_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """See open_picture. Raises ValueError for values of which nobody knows what is white."""
+    """See open_picture. Raises ValueError for values whose white is not known."""
     if image.mode[0] in "IF":  # one channel of 16 or 32 bits
         values = np.asarray(image)
         low, high = values.min(), values.max()
@@ -186,10 +184,8 @@ def stratified_subset(images: Images, size: int, seed: int) -> Images:
     within [classes, images]."""
     classes, count = len(images.classes), len(images.labels)
     if not classes <= size <= count:
-        raise UserError(
-            f"the train size must be from {classes} (one image per class) to {count} "
-            f"(all there are), not {size}"
-        )
+        bounds = f"from {classes} (one image per class) to {count} (all there are)"
+        raise UserError(f"the train size must be {bounds}, not {size}")
     generator = np.random.default_rng(seed)
     labels = images.labels.numpy()
     quantile = np.empty(count)  # of an image within its own class, after a shuffle

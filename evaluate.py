@@ -9,10 +9,7 @@
 What --per-class writes lies beside the checkpoint.
 """
 
-import plumbing  # noqa: F401  # before torch, for whose threads it sets something
-
-# isort: split
-import io
+import plumbing  # isort: skip  # noqa: F401  # before torch, for whose threads it sets something
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -22,8 +19,8 @@ from PIL import Image
 
 from data import Images, UserError, read_picture
 from plumbing import datasets, machine
-from plumbing.cli import Parser, command, output, paths
-from plumbing.files import check_writable, write_csv, write_file, write_rows
+from plumbing.cli import Parser, command, paths
+from plumbing.files import whole_file, writable, write_csv, write_rows
 from plumbing.flags import folder
 from plumbing.pictures import find_pictures
 from plumbing.report import metrics, predict, prepared, print_row
@@ -38,15 +35,13 @@ def parse(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     # fmt: off
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="epochN.pt files of train.py")
-    add("--csv", type=output, metavar="FILE",
+    add("--csv", type=writable, metavar="FILE",
         help="write a row per checkpoint to this file, or with --image a row per picture")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--per-class", action="store_true",
-        help="accuracy per class; beside the checkpoint the confusion matrix and the most "
-             "confident mistakes")
+        help="accuracy per class; beside the checkpoint the confusion matrix and the mistakes")
     either("--image", nargs="+", default=[], metavar="PICTURE",
-        help="after the checkpoints: the top five classes of these pictures, or of all pictures "
-             "in these folders, no scoring")
+        help="after the checkpoints: the five likeliest classes of these pictures or folders")
     add("--data-dir", type=folder, metavar="DIR",
         help="where the data set is now (default: where it was)")
     add("--device", type=machine.device_flag, help="default: as in training")
@@ -63,8 +58,6 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.csv:
-        check_writable(args.csv)
     pictures = [file for path in paths(args.image) for file in find_pictures(Path(path))]
     test_sets = datasets.TestSets()  # many checkpoints share one test set
     rows, failed = [], False
@@ -76,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
                 rows = name_pictures(path, trained, pictures)
                 failed |= len(rows) < len(pictures)
             else:
-                rows.append(score(path, trained, test_sets, args, header=not rows))
+                images = test_sets.of(trained.checkpoint, args.data_dir)
+                rows.append(score(path, trained, images, args.per_class, header=not rows))
         except UserError as error:  # the others are scored all the same
             about = "" if path in str(error) else f"{path}: "
             complain(f"{about}{error}")
@@ -87,17 +81,14 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def score(
-    path: str, trained: Trained, test_sets: datasets.TestSets, args: Namespace, header: bool
-) -> dict:
+def score(path: str, trained: Trained, images: Images, per_class: bool, header: bool) -> dict:
     """Score one checkpoint on its test set, print its line, and give its row of the CSV."""
-    images = test_sets.of(trained.checkpoint, args.data_dir)
     batches = prepared(images.pixels, trained.image_size, trained.device)
     logits = predict(trained.model, batches, trained.device, trained.precision).cpu()
     scores = {f"test_{name}": value for name, value in metrics(logits, images.labels).items()}
     row = summary_row(path, trained.checkpoint, scores) | {"test_images": len(images.labels)}
     print_row(row, header)
-    if args.per_class:
+    if per_class:
         report_classes(Path(path), logits, images)
     return row
 
@@ -115,9 +106,8 @@ def complain(error: UserError | str) -> None:
 
 
 def name_pictures(path: str, trained: Trained, files: list[Path]) -> list[dict]:
-    """Print the five likeliest classes of each picture, which goes the way that the training
-    pictures went: to their size, then to the network's. Returns a row of the CSV for each picture
-    that could be read."""
+    """Print the five likeliest classes of each picture, which is resized as the training pictures
+    were: to their size, then to the network's. Gives a row of the CSV for each that can be read."""
     rows, classes = [], trained.classes
     print(path)
     for start in range(0, len(files), 128):
@@ -136,9 +126,9 @@ def name_pictures(path: str, trained: Trained, files: list[Path]) -> list[dict]:
             best = probabilities.topk(min(5, len(classes)))
             likely = [f"{classes[i]} {p:.1%}" for p, i in zip(best.values, best.indices)]
             print(f"{file}: {', '.join(likely)}")
-            row = {"file": file, "class": classes[best.indices[0]]}
-            row["probability"] = best.values[0].item()
-            rows.append(row | dict(zip(classes, probabilities.tolist())))
+            chances = probabilities.tolist()
+            row = {"file": file, "class": classes[best.indices[0]], "probability": max(chances)}
+            rows.append(row | dict(zip(classes, chances)))
     return rows
 
 
@@ -147,8 +137,7 @@ def report_classes(path: Path, logits: torch.Tensor, images: Images) -> None:
     the mistakes made with most confidence, beside the checkpoint."""
     count = len(images.classes)
     probabilities, said = logits.softmax(1).max(1)
-    pairs = torch.bincount(images.labels * count + said, minlength=count**2)
-    confusion = pairs.view(count, count)
+    confusion = torch.bincount(images.labels * count + said, minlength=count**2).view(count, count)
     for name, row, correct in zip(images.classes, confusion, confusion.diag()):
         if row.sum() == 0:
             print(f"{'':36}{name}: no test pictures")
@@ -171,9 +160,8 @@ def write_mistakes(
         file.unlink()
     rows = []
     for number, i in enumerate(worst.tolist(), start=1):
-        png = io.BytesIO()
-        Image.fromarray(images.pixels[i].numpy()).save(png, "PNG")
-        write_file(folder / f"{number:02}.png", png.getbuffer())
+        with whole_file(folder / f"{number:02}.png") as part:
+            Image.fromarray(images.pixels[i].numpy()).save(part, "PNG")
         true, answer = images.classes[images.labels[i]], images.classes[said[i]]
         rows.append((f"{number:02}.png", true, answer, probabilities[i].item()))
     write_csv(folder / "mistakes.csv", ["file", "true", "said", "probability"], rows)

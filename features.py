@@ -8,7 +8,7 @@
         loss = F.cross_entropy(tail(x), y.to(device))
 
 The prefix is frozen and in eval mode and the only augmentation is a mirror image, so an image
-has exactly two inputs to the tail. Computed once, they are looked up in every later epoch.
+has exactly two inputs to the tail.
 
 Imports torch, and data.py of this repository: copy both into yours.
 """
@@ -29,7 +29,7 @@ class Features:
 
     prefix: the frozen stages, any module; pixels: uint8 [N, H, W, 3]; mirrored: whether mirror
     images will be asked for (training) or not (test); augment: changes a batch of pixels at random,
-    so that nothing can be computed once. Raises UserError for other pixels or a random `transform`.
+    so that nothing can be computed once. Raises UserError for other pixels or a random transform.
     """
 
     def __init__(
@@ -110,11 +110,10 @@ class Features:
 
     def copy_to_gpu(self, rows: torch.Tensor) -> torch.Tensor:
         """These rows of a store on the host. They are gathered into page-locked memory, from which
-        the GPU copies by itself, on a stream of its own: both hide behind the step before."""
+        the GPU copies by itself, on a stream of its own, during the step before."""
         if len(self.copies) == 2:  # batches ahead at most
             self.copies.popleft().synchronize()
-        shape = (len(rows), *self.shape[1:])
-        locked = torch.empty(shape, dtype=self.dtype, pin_memory=True)
+        locked = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype, pin_memory=True)
         torch.index_select(self.store, 0, rows.cpu(), out=locked)
         main = torch.cuda.current_stream()
         with torch.cuda.stream(self.stream):

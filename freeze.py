@@ -80,8 +80,7 @@ def last_layer(model: nn.Module) -> str:
 
 
 def stages(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's stages by name, in the order they run, from the pixels to the head. The pooling
-    before the head learns nothing and belongs to none."""
+    """By name, in the order they run; the pooling before the head, the last, belongs to none."""
     if hasattr(model, "layer4"):  # a ResNet
         stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
         return {"stem": stem} | {name: getattr(model, name) for name in STAGES[1:]}
@@ -97,8 +96,7 @@ def stage_names(name: str) -> list[str]:
 
 
 def freeze(model: nn.Module, unfrozen: Collection[str]) -> None:
-    """Let the unfrozen stages learn, and no others; goes with train_mode, its other half. Raises
-    ValueError for a name that is no stage's."""
+    """Let these stages learn, and no others. Raises ValueError for a name that is no stage's."""
     names = list(stages(model))
     if isinstance(unfrozen, str):
         raise ValueError(f'freeze takes a list of stages: freeze(model, ["{unfrozen}"])')
@@ -111,9 +109,9 @@ def freeze(model: nn.Module, unfrozen: Collection[str]) -> None:
 
 
 def train_mode(model: nn.Module) -> None:
-    """What model.train() should be when something is frozen, for any network: a module that has
-    parameters of which none learns is put into eval mode, with all that is inside it, so that
-    BatchNorm keeps to the pretrained statistics. Dropout follows the module that it is in."""
+    """model.train() for any network in which something is frozen: a module that has parameters of
+    which none learns is put into eval mode, with all that is inside it, so that BatchNorm keeps to
+    the pretrained statistics. Dropout follows the module that it is in."""
     model.train()
     for module in model.modules():
         learns = [parameter.requires_grad for parameter in module.parameters()]
@@ -135,12 +133,12 @@ def param_groups(model: nn.Module, rates: Mapping[str, float]) -> list[dict]:
 def split(model: nn.Module, first: str) -> tuple[nn.Module, nn.Module]:
     """Cut the model before the stage `first`, the earliest one that learns: model(x) equals
     tail(prefix(x)) in eval mode, but for rounding. The tail shares its modules with the model:
-    training it trains the model. The prefix is a frozen copy in eval mode, where a BatchNorm is one
-    multiplication and addition per channel, which for speed the convolution before it absorbs."""
+    training it trains the model. The prefix is a frozen copy in eval mode, where a convolution can
+    take over the multiplication and addition of the BatchNorm after it, which is faster."""
     names, (*backbone, head) = list(stages(model)), stages(model).values()
     cut = names.index(first)
     prefix = nn.Sequential(*backbone[:cut])
-    if first == names[-1]:  # a number a channel is to be kept; averaged again it stays
+    if first == names[-1]:  # the head needs a channel's average alone; the average of one is itself
         prefix.append(nn.AdaptiveAvgPool2d(1))
     prefix = copy.deepcopy(prefix).eval().requires_grad_(False)
     for parent in list(prefix.modules()):

@@ -3,9 +3,8 @@
     python plot.py                # study/results/h100, the runs of the README
     python plot.py results        # your own
 
-Reads summary.csv (compare.py --csv, evaluate.py --csv), every run's
-history.csv, and where evaluate.py --per-class has written them, the confusion
-matrices and the mistakes.
+Reads summary.csv (compare.py --csv), every run's history.csv, and what
+evaluate.py --per-class has written: confusion matrices and mistakes.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ from plumbing.cli import Parser, UserError, command
 STRATEGIES = ["fc", "fc+layer4", "fc+layer3+layer4"]
 COLORS = ["#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#000000"]
 STYLES = cycler(color=COLORS, linestyle=[":", "--", "-", *["-."] * 5], marker=[*"s^oDvPX*"])
-PUBLISHED_RATES = {"layer3=1e-05", "layer4=0.0001", "fc=0.001"}  # these go without saying
+PUBLISHED_RATES = {"layer3=1e-05", "layer4=0.0001", "fc=0.001"}  # which a label leaves out
 # What runs share that are drawn together, and, of these, as one line beside their label.
 KIND = ("dataset", "model", "weights", "precision", "split")
 SIZES = ("train_images", "image_size", "batch_size")
@@ -40,8 +39,7 @@ STUDY = Path(__file__).parent / "study/results/h100"
 
 
 def read(folder: Path) -> list[dict]:
-    """The summary's rows in the order to draw them, as `parsed` gives them, each with the style of
-    its line. Raises UserError."""
+    """The summary's rows in the order to draw them, each with the style of its line."""
     runs, file = [], folder / "summary.csv"
     try:
         for row in read_csv(file):
@@ -75,8 +73,7 @@ def parsed(row: dict[str, str], lines: list[dict]) -> dict:
     label = f"{strategy} {row.get('tag', '')}".strip()
     if row["frozen_batchnorm"] == "train":
         label += ", usual mistake"
-    others = [rate for rate in row["learning_rates"].split() if rate not in PUBLISHED_RATES]
-    if others:
+    if others := [rate for rate in row["learning_rates"].split() if rate not in PUBLISHED_RATES]:
         label += f" ({' '.join(others)})"
     run["label"] = textwrap.fill(label, 44)
     return run
@@ -96,8 +93,7 @@ def by(runs: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 
 def find_fonts(texts: Iterable[str]) -> None:
-    """Lets matplotlib take letters that its own font lacks, such as Chinese ones, from the system's
-    fonts, and says which letters none of them has."""
+    """Takes letters that matplotlib's own font lacks, such as Chinese ones, from the system's."""
     missing = {ord(letter) for letter in "".join(texts) if letter.isprintable()}
     missing -= font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap().keys()
     if not missing:
@@ -106,8 +102,7 @@ def find_fonts(texts: Iterable[str]) -> None:
     for file in sorted(font_manager.findSystemFonts()):
         with contextlib.suppress(OSError, RuntimeError):  # a font that matplotlib cannot draw with
             font = font_manager.get_font(file)
-            has = missing & font.get_charmap().keys()
-            if has:
+            if has := missing & font.get_charmap().keys():
                 font_manager.fontManager.addfont(file)
                 families.append(font.family_name)
                 missing -= has
@@ -119,8 +114,7 @@ def find_fonts(texts: Iterable[str]) -> None:
 
 
 def curves(runs: list[dict], title: str) -> "pyplot.Figure":
-    """Loss and accuracy by epoch in the longest runs: the mean over the seeds, their spread as a
-    band."""
+    """Loss and accuracy by epoch in the longest runs: the seeds' mean, their range as a band."""
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     longest = {label: group for (label, _), group in by(runs, "label", "epochs").items()}
     split = runs[0]["split"]
@@ -194,8 +188,7 @@ def confusion(file: Path) -> "pyplot.Figure":
 
 def mistakes(file: Path) -> "pyplot.Figure | None":
     """The wrong answers given with most confidence, as evaluate.py --per-class kept them."""
-    rows = read_csv(file)
-    if not rows:
+    if not (rows := read_csv(file)):
         return None
     no_frame = {"frame_on": False, "xticks": [], "yticks": []}
     figure, axes = pyplot.subplots(2, 6, figsize=(12, 5), layout="constrained", subplot_kw=no_frame)
@@ -233,8 +226,7 @@ def save(file: Path, draw: Callable, *what) -> None:
     """Draws it if there is something to draw; the picture appears whole or not at all."""
     part = file.with_name(f".{file.name}.part")
     try:
-        figure = draw(*what)
-        if figure:
+        if figure := draw(*what):
             figure.savefig(part, format="png", dpi=120)
             part.replace(file)
             print(file)

@@ -13,9 +13,7 @@ The defaults are the published experiment: CIFAR-10 at 224x224, Adam, constant l
 A run leaves history.csv and epochN.pt in a folder of its own under --out.
 """
 
-import plumbing  # noqa: F401  # before torch, for whose threads it sets something
-
-# isort: split
+import plumbing  # isort: skip  # noqa: F401  # before torch, for whose threads it sets something
 import functools
 import time
 from collections.abc import Callable, Iterable

@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -32,23 +32,19 @@ FREE_DISK_BYTES = 2**28  # left for checkpoints
 
 
 def keep(
-    inputs: dict[str, Features],
-    wanted: str,
-    device: torch.device,
-    folder: Path,
-    settings: Settings,
+    inputs: dict[str, Features], wanted: str, device: torch.device, folder: Path, settings: Settings
 ) -> tuple[dict[str, "Features | SplitFeatures"], float]:
     """Compute these features once, keep them, and say where: training's first, test's last.
-    wanted: one of PLACES; folder: for a file, which is gone when the process ends; settings: of the
-    training, which needs memory beside them. Returns the features, now to be looked up, and the
-    seconds that it took. Raises UserError when a place that was asked for cannot hold them all."""
+    wanted: one of PLACES; folder: for a file; settings: of the training, which needs memory too.
+    Returns the features, now to be looked up, and the seconds that it took. Raises UserError when
+    a place that was asked for cannot hold them all."""
     start, computed = time.monotonic(), 0
-    # How many images of each are still to be kept. Those that come out as they went in, or
-    # differently in every epoch, are not kept.
+    # How many images of each are still to be kept. What no stage changes, or AUGMENT changes in
+    # every epoch, is not kept.
     left = {name: len(some) for name, some in inputs.items() if some.prefix and not some.augment}
     pieces = {name: [] for name in inputs}
     for place in usable_places(wanted, device):
-        need = sum(image_bytes(inputs[name]) * count for name, count in left.items())
+        need = bytes_left(inputs, left)
         free, spare = free_memory(place, device, folder), spare_bytes(place, settings)
         room = need if free is None else max(free - spare, 0)
         if wanted != "auto" and need > room:
@@ -61,7 +57,8 @@ def keep(
             pieces[name].append(part)
             left[name] -= len(part)
             computed += part.shape[0]
-        print_kept(parts.values(), sum(map(len, inputs.values())), place, free)
+        if parts:
+            print_kept([*parts.values()], sum(map(len, inputs.values())), place, free)
     seconds = time.monotonic() - start
     if computed:
         print(f"         filled in {seconds:.1f} s, {computed / seconds:,.0f} images/s", flush=True)
@@ -73,13 +70,17 @@ def image_bytes(features: Features) -> int:
     return features.bytes // len(features)
 
 
+def bytes_left(inputs: dict[str, Features], left: dict[str, int]) -> int:
+    return sum(image_bytes(inputs[name]) * count for name, count in left.items())
+
+
 def usable_places(wanted: str, device: torch.device) -> list[str]:
-    """auto: where a look-up is faster than computing anew. A GPU computes 128 features sooner than
-    a disk reads them; a CPU does not."""
+    """auto: those from which a look-up is faster than computing anew."""
     if wanted == "off":
         return []
     if wanted != "auto":
         return [wanted]
+    # A GPU computes 128 features sooner than a disk reads them; a CPU does not.
     return ["device", "host"] if device.type == "cuda" else ["host", "disk"]
 
 
@@ -99,25 +100,21 @@ def fill_place(
     device: torch.device,
     folder: Path,
 ) -> dict[str, Features]:
-    """Computes as many features as fit into `room` bytes, and keeps them. The last inputs go first:
-    every epoch looks up all test features, but only one of two of a training picture. Returns the
-    pieces kept; they are fewer if the place is too small in spite of the estimate."""
+    """The pieces of features that were kept: as many as fit into `room` bytes, or fewer if the
+    place is too small in spite of the estimate. The last inputs go first: every epoch looks up all
+    test features, but only one of two of a training picture."""
     parts = {}
+    where = device if place == "device" else torch.device("cpu")
     show = functools.partial(progress, text="filling, batch")
     try:
         for name in reversed(left):
             count = min(left[name], room // image_bytes(inputs[name]))
-            if count == 0:
-                continue
-            part = piece(inputs[name], len(inputs[name]) - left[name], count)
-            if place == "device":
-                part.fill(device, show)
-            if place == "host":
-                part.fill(torch.device("cpu"), show)
-            if place == "disk":
-                part.fill(torch.device("cpu"), show, mapped_file(part, folder))
-            parts[name] = part
-            room -= part.bytes
+            if count:
+                part = piece(inputs[name], len(inputs[name]) - left[name], count)
+                store = mapped_file(part, folder) if place == "disk" else None
+                part.fill(where, show, store)
+                parts[name] = part
+                room -= part.bytes
     except (RuntimeError, MemoryError, OSError) as error:
         if not memory_is_full(error) and getattr(error, "errno", None) not in DISK_IS_FULL:
             raise
@@ -127,8 +124,8 @@ def fill_place(
 
 
 def mapped_file(features: Features, folder: Path) -> torch.Tensor:
-    """An empty store for features, in a file that is mapped into memory. Its name is deleted at
-    once, so that it is gone when the process ends; on Windows the next run deletes it."""
+    """An empty store in a file that is mapped into memory. Its name is deleted at once, so that it
+    is gone when the process ends; on Windows the next run deletes it."""
     folder.mkdir(parents=True, exist_ok=True)
     number, name = tempfile.mkstemp(".part", ".features.", folder)
     try:
@@ -143,9 +140,7 @@ def mapped_file(features: Features, folder: Path) -> torch.Tensor:
     return store.view(features.shape)
 
 
-def print_kept(parts: Collection[Features], images: int, place: str, free: int | None) -> None:
-    if not parts:
-        return
+def print_kept(parts: list[Features], images: int, place: str, free: int | None) -> None:
     size, count = sum(part.bytes for part in parts) / 1e9, sum(map(len, parts))
     some = "" if count == images else f" of {count:,} of {images:,} images"
     known = "how much is free is not known" if free is None else f"{free / 1e9:.1f} GB were free"
@@ -160,8 +155,7 @@ def print_uncached(inputs: dict[str, Features], left: dict[str, int], wanted: st
         print("cache    not of training pictures: AUGMENT changes them in every epoch", flush=True)
     if any(left.values()):
         why = "as asked" if wanted == "off" else "they do not fit (--cache disk takes a file)"
-        size = sum(image_bytes(inputs[name]) * count for name, count in left.items()) / 1e9
-        count = sum(left.values())
+        size, count = bytes_left(inputs, left) / 1e9, sum(left.values())
         print(f"cache    off for {size:.2f} GB of features of {count:,} images: {why}", flush=True)
 
 
@@ -196,32 +190,20 @@ class SplitFeatures:
     def __len__(self) -> int:
         return sum(map(len, self.pieces))
 
-    def __call__(self, indices: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-        """Features [B, C, H, W] of the images at `indices`, int64 [B], mirrored where `flips`,
-        bool [B]; both on the CPU, where they are sorted by piece."""
+    def batches(self, size, order=None, flips=None, generator=None) -> Iterator[torch.Tensor]:
+        """As Features.batches; nothing is augmented here."""
         one = self.pieces[0]
-        batch, height, width, channels = len(indices), *one.shape[1:]
-        found = torch.empty((batch, height, width, channels), dtype=one.dtype, device=one.device)
-        found = found.permute(0, 3, 1, 2)
-        for first, part in self.by_place:
-            here = (indices >= first) & (indices < first + len(part))
-            places = here.nonzero().flatten()
-            if len(places):
-                found[places.to(one.device)] = part(indices[places] - first, flips[places])
-        return found
-
-    def batches(
-        self,
-        size: int | list[int],
-        order: torch.Tensor | None = None,
-        flips: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[torch.Tensor]:
-        """Features of all images, as Features.batches gives them; nothing is augmented here."""
         rows = torch.arange(len(self)) if order is None else order
         mirrored = torch.zeros(len(self), dtype=torch.bool) if flips is None else flips
         for some in rows.split(size):
-            yield self(some, mirrored[some])
+            found = torch.empty((len(some), *one.shape[1:]), dtype=one.dtype, device=one.device)
+            found = found.permute(0, 3, 1, 2)
+            for first, part in self.by_place:
+                places = ((some >= first) & (some < first + len(part))).nonzero().flatten()
+                if len(places):
+                    own = some[places]
+                    found[places.to(one.device)] = part(own - first, mirrored[own])
+            yield found
 
 
 def needs_gpu(part: Features) -> bool:

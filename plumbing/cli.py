@@ -33,12 +33,8 @@ class Parser(argparse.ArgumentParser):
     """Flags in full, and the module's docstring as it stands in place of a usage line."""
 
     def __init__(self, description: str):
-        super().__init__(
-            usage=argparse.SUPPRESS,
-            description=description,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        how = {"usage": argparse.SUPPRESS, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(description=description, allow_abbrev=False, **how)
 
 
 def whole_number(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
@@ -59,8 +55,8 @@ def output(text: str) -> Path:
 
 
 def paths(texts: list[str]) -> list[str]:
-    """Files by name. Patterns such as results/*/epoch10.pt are replaced by the files that match,
-    which Windows' shells do not do. What matches nothing stays, to be named in an error."""
+    """Replaces patterns such as results/*/epoch10.pt by the files that match, as Windows' shells do
+    not. What matches nothing stays, to be named in an error."""
     found = []
     for text in map(os.path.expanduser, texts):
         matching = [] if os.path.exists(text) else sorted(glob.glob(text))
@@ -105,12 +101,11 @@ def wipe_line() -> None:
 
 
 def command(main: Callable[[], None], when_stopped: str, when_full: str) -> None:
-    """Run a script so that it ends with one line where the user can put something right: Ctrl-C
-    with status 130, SIGTERM with 143; a UserError with 2; a disk or a memory that is full, and
-    a loss that is not finite, with 1. Any other error is a traceback."""
+    """Run a script so that it ends with one line where the user can put something right, Ctrl-C
+    with status 130 and SIGTERM with 143. when_stopped, when_full: what to do then."""
 
     def terminate(*_) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told twice, it ends once
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one changes nothing
         raise KeyboardInterrupt(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, terminate)
@@ -131,7 +126,7 @@ def command(main: Callable[[], None], when_stopped: str, when_full: str) -> None
 
 
 def outcome(error: Exception, when_full: str) -> tuple[int | None, str]:
-    """The exit status and the line for an error; None for one that nobody but us can put right."""
+    """The exit status and the line for an error; None for one of ours, which is a traceback."""
     cause = error.__cause__ if isinstance(error, UserError) else error
     disk_is_full = isinstance(cause, OSError) and cause.errno in DISK_IS_FULL
     if disk_is_full or isinstance(error, FloatingPointError):

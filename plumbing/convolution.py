@@ -2,16 +2,16 @@
 
     use_fast_convolutions(network)    # every nn.Conv2d in it, in place; its state_dict stays
 
-Without AMX a training step is convolutions, 96% of its time, and oneDNN runs them as fast as the
-processor can multiply: only fewer multiplications help. With AMX (bf16) it multiplies so fast that
-fetching the numbers takes longer, and for the weights' gradient oneDNN fetches them slowly.
+Without AMX convolutions take 96% of a training step, and oneDNN multiplies as fast as the processor
+can: only fewer multiplications help. With AMX (bf16) fetching the numbers takes longer than
+multiplying them, and for the weights' gradient oneDNN fetches them slowly.
 
-* 3x3 with stride 1, in fp32: Winograd's F(4x4, 3x3) (Lavin and Gray 2016, arXiv:1509.09308). A
-  tile of 4 x 4 outputs takes 6 x 6 multiplications in place of 4 x 4 x 9. PyTorch never takes it.
-  A training step of fc+layer4 is 1.8 times as fast (2 cores held to AVX2, batch 128).
+* 3x3 with stride 1, in fp32: Winograd's F(4x4, 3x3) (Lavin and Gray 2016, arXiv:1509.09308), which
+  PyTorch never takes. A tile of 4 x 4 outputs takes 6 x 6 multiplications in place of 4 x 4 x 9. A
+  training step of fc+layer4 is 1.8 times as fast (2 cores held to AVX2, batch 128).
 * The weights' gradient of maps up to 7x7, and all of those up to 4x4: one matrix product with the
-  patches that the kernel meets, a patch a row. A step of fc+layer4 is 1.4 times as fast at 224
-  pixels, 2.4 times at 64 (2 cores with AMX, bf16).
+  patches that the kernel meets. A step of fc+layer4 is 1.4 times as fast at 224 pixels, 2.4 times
+  at 64 (2 cores with AMX, bf16).
 * Everything else, and everything on other devices: F.conv2d.
 
 Imports torch only: copy it into yours.
@@ -29,8 +29,7 @@ WEIGHT_PRODUCT_SIDE = 7  # outputs a side up to which it pays for the weights' g
 
 
 def both_sides(matrix: list[list[float]]) -> torch.Tensor:
-    """What applies a matrix along both sides of a tile that is written as one column: its
-    Kronecker square, float64."""
+    """Applies a matrix along both sides of a tile that is written as one column: float64."""
     square = torch.tensor(matrix, dtype=torch.float64)
     return torch.kron(square, square)
 
@@ -122,8 +121,7 @@ def convolve(
     x: torch.Tensor, weight: torch.Tensor, stride: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x [B, C, H, W] and weight [K, C, k, k], k odd, padded by k // 2 a side: the outputs [B, K,
-    H / stride, W / stride], rounded up, in channels_last memory; and the transformed tiles of x
-    where Winograd was taken."""
+    H / stride, W / stride], rounded up, in channels_last memory; and Winograd's tiles of x."""
     size, taken = weight.shape[-1], fastest_method(x, weight, stride)
     if taken == "winograd":
         return winograd(x, weight)
@@ -155,8 +153,7 @@ def weight_gradient(
 
 
 def patches(x: torch.Tensor, size: int, stride: int) -> torch.Tensor:
-    """What a kernel meets of x at each output, a row each: [B * H / stride * W / stride,
-    size * size * C]."""
+    """What a kernel meets of x, a row an output: [B * H / stride * W / stride, size * size * C]."""
     border = size // 2
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, border, border, border, border))
     windows = padded.unfold(1, size, stride).unfold(2, size, stride)  # [B, H, W, C, size, size]

@@ -5,7 +5,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torchvision.datasets.utils import check_integrity
 
 from data import Images, UserError, cifar, stratified_subset
 from plumbing import distributed, pictures
+from plumbing.distributed import Splits, local_rows
 from plumbing.files import fingerprint, locked, socket_timeout
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic", "synthetic-other")
@@ -33,25 +33,8 @@ class BrainChip(CIFAR10):
 SOURCES = {"cifar10": (Zenodo, BrainChip, CIFAR10), "cifar100": (CIFAR100,)}
 
 
-class Splits(NamedTuple):
-    """A data set to train and to test on. Of several processes each has the pixels of its own
-    images, but all labels of test and val."""
-
-    train: Images
-    val: Images | None  # to choose epoch and strategy on; without it, test is what there is
-    test: Images
-    train_images: int  # of all processes
-    picture_size: tuple[int, int]  # (height, width) of all pictures in memory
-    hashes: dict[str, str]  # train, val and test: sha256 of all pixels and labels
-
-    def watched(self) -> dict[str, Images]:
-        """What is scored after every epoch, by name."""
-        return {"val": self.val, "test": self.test} if self.val else {"test": self.test}
-
-
 def load_splits(args: Namespace, batchnorm_learns: bool) -> Splits:
-    """The images that train.py's flags ask for, checked to be something that can be learned.
-    Raises UserError."""
+    """The images that train.py's flags ask for. Raises UserError for what cannot be learned."""
     if args.test_share and args.dataset != "folder":
         raise UserError("--test-share is for --dataset folder: this data set has test images")
     where, share = (args.data_dir, args.image_size), (args.test_share, args.test_seed)
@@ -64,17 +47,20 @@ def load_splits(args: Namespace, batchnorm_learns: bool) -> Splits:
             raise UserError(f"--val-share: {args.data_dir} has validation pictures already")
         splits["val"] = load(args.dataset, "val", *where, *alike)
     if args.val_share:
-        shared = train, args.val_share, args.test_seed
-        splits["val"], train = pictures.draw_share(*shared, "--val-share")
+        drawn = args.val_share, args.test_seed, "--val-share"
+        rows = pictures.draw_share(train.labels, train.classes, *drawn)
+        parts = (Images(train.pixels[i], train.labels[i], train.classes) for i in rows)
+        splits["val"], train = parts
     if args.train_size:
         train = stratified_subset(train, args.train_size, args.seed)
     test = load(args.dataset, "test", *where, *alike)
     check(args, train, test, batchnorm_learns)
     splits |= {"train": train, "test": test}
+    own = {name: some._replace(pixels=local_rows(some.pixels)) for name, some in splits.items()}
     return Splits(
-        train=Images(*map(distributed.local_rows, train[:2]), train.classes),
-        val=distributed.shard(splits["val"]) if "val" in splits else None,
-        test=distributed.shard(test),
+        train=own["train"]._replace(labels=local_rows(train.labels)),
+        val=own.get("val"),
+        test=own["test"],
         train_images=len(train.labels),
         picture_size=size,
         hashes={name: fingerprint(*images[:2]) for name, images in splits.items()},
@@ -99,16 +85,14 @@ def check(args: Namespace, train: Images, test: Images, batchnorm_learns: bool) 
         raise UserError(f"{fewest} images are too few for {processes} processes")
     last = distributed.smallest_batch(len(train.labels), args.batch_size)
     if last == 1 and args.image_size == 32 and batchnorm_learns:
-        raise UserError(
-            f"--batch-size {args.batch_size} leaves a batch of one of the {len(train.labels)} "
-            "images, from which BatchNorm cannot learn at --image-size 32: change either"
-        )
+        one = f"--batch-size {args.batch_size} leaves a batch of one image"
+        why = "BatchNorm cannot learn from it at --image-size 32: change either"
+        raise UserError(f"{one} of {len(train.labels)}: {why}")
 
 
 def load(name: str, split: str, data_dir: Path, image_size: int, *of_folder: object) -> Images:
-    """Load one split, "train", "val" or "test", of one of DATASETS into memory. image_size: larger
-    folder pictures are resized once, here. of_folder: what pictures.folder takes after it. Raises
-    UserError."""
+    """Load one split, "train", "val" or "test", of one of DATASETS. image_size: larger pictures are
+    resized here, once. of_folder: what pictures.folder takes after it. Raises UserError."""
     if name == "synthetic":
         return synthetic(split)
     if name == "synthetic-other":
@@ -145,8 +129,8 @@ class TestSets:
 
 
 def fetch(name: str, data_dir: Path) -> None:
-    """Have torchvision download a CIFAR data set, check its md5 and unpack it, from the first
-    source that delivers. Raises UserError naming every source that failed, and what to do."""
+    """Have torchvision download CIFAR from the first source that delivers, check its md5 and unpack
+    it. Raises UserError naming every source that failed, and what to do."""
     if data_dir.is_dir() and "train" in pictures.split_folders(data_dir):
         raise UserError(f"{data_dir} holds pictures: --dataset folder was probably meant")
     try:
@@ -165,10 +149,8 @@ def fetch(name: str, data_dir: Path) -> None:
             except (OSError, ValueError, HTTPException, RuntimeError) as error:
                 failures.append(f"{source.url}: {error}")
     by_hand = f"Put that file (md5 {md5}) into {data_dir.resolve()} by hand"
-    raise UserError(
-        f"could not download {archive.name} ({'; '.join(failures)}). {by_hand}, or use "
-        "--dataset synthetic, which needs no files"
-    )
+    instead = f"{by_hand}, or use --dataset synthetic, which needs no files"
+    raise UserError(f"could not download {archive.name} ({'; '.join(failures)}). {instead}")
 
 
 def synthetic(split: str) -> Images:
@@ -187,7 +169,6 @@ def drawn(seed: int, split: str, names: str) -> Images:
     generator, count = np.random.default_rng([seed, split == "test"]), DRAWN[split]
     draw = functools.partial(generator.uniform, size=(count, 1, 1))  # one number for each image
     classes, labels = tuple(names.split()), np.arange(count) % 10
-
     # Coordinates x and y of the pixels, [count, 32, 32], moved and tilted.
     row, column = np.mgrid[0:32, 0:32] - 15.5
     angle, radius, period, phase = draw(-0.2, 0.2), draw(8, 11), draw(6, 8), draw(0, 2 * np.pi)
@@ -199,7 +180,6 @@ def drawn(seed: int, split: str, names: str) -> Images:
         own = labels == label
         draws = shapes(x[own], y[own], radius[own], period[own], phase[own])
         inside[own, ..., 0] = draws[name]()
-
     middle = generator.uniform(90, 165, (count, 1, 1, 3))
     contrast = generator.normal(0, 1, (count, 1, 1, 3))
     strength = generator.uniform(50, 80, (count, 1, 1, 1))

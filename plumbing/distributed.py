@@ -3,13 +3,13 @@
     torchrun --nproc-per-node 2 train.py --unfreeze layer4
 
 Rank r of N holds the images i with i % N == r, and their features: the cache grows with the ranks.
-An image counts the same in every batch. Where there is one process, every function here gives back
-what it was given.
+An image counts the same in every batch. With one process the functions return what they are given.
 """
 
 import os
 import sys
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import Images, UserError
 from plumbing.machine import pick_device
+
+
+class Splits(NamedTuple):
+    """A data set. Each process has the pixels of its own images, and all labels of test and val."""
+
+    train: Images
+    val: Images | None  # to choose epoch and strategy on; without it, test is what there is
+    test: Images
+    train_images: int  # of all processes
+    picture_size: tuple[int, int]  # (height, width) of all pictures in memory
+    hashes: dict[str, str]  # train, val and test: sha256 of all pixels and labels
+
+    def watched(self) -> dict[str, Images]:
+        """What is scored after every epoch, by name."""
+        return {"val": self.val, "test": self.test} if self.val else {"test": self.test}
 
 
 def world_size() -> int:
@@ -29,7 +44,7 @@ def rank() -> int:
 
 
 def init(name: str) -> torch.device:
-    """Join the processes that torchrun has started, if it has: rank 0 alone prints from now on.
+    """Join the processes that torchrun has started, if it has; rank 0 alone prints from now on.
     name: what --device says. Returns this process's device. Raises UserError."""
     if "LOCAL_RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         return pick_device(name)
@@ -64,27 +79,18 @@ def local_rows(values: torch.Tensor) -> torch.Tensor:
     return values[rank() :: world_size()].clone()
 
 
-def shard(images: Images) -> Images:
-    """All labels, and this rank's pixels."""
-    return images._replace(pixels=local_rows(images.pixels))
-
-
 def local_epoch(
     order: torch.Tensor, flips: torch.Tensor, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, int | list[int]]:
-    """Of an epoch's order, int64 [images], and its flips, bool [images], this rank's, with its
-    images counted from 0; and how many images its batches have."""
+    """This rank's part of an epoch's order, int64 [images], and flips, bool [images], with its
+    images counted from 0; and the sizes of its batches."""
     if world_size() == 1:
         return order, flips, batch_size
     own = order[order % world_size() == rank()] // world_size()
-    return own, local_rows(flips), batch_sizes(len(order), batch_size)
-
-
-def batch_sizes(images: int, batch_size: int) -> list[int]:
-    """Every rank has as many batches. A rank with one image more has it in its last batch."""
-    own = len(range(rank(), images, world_size()))
-    last = smallest_batch(images, batch_size) + own - images // world_size()
-    return [batch_size] * ((own - last) // batch_size) + [last]
+    # Every rank has as many batches. A rank with one image more has it in its last batch.
+    last = smallest_batch(len(order), batch_size) + len(own) - len(order) // world_size()
+    sizes = [batch_size] * ((len(own) - last) // batch_size) + [last]
+    return own, local_rows(flips), sizes
 
 
 def smallest_batch(images: int, batch_size: int) -> int:
@@ -141,15 +147,14 @@ def ddp(tail: nn.Module) -> nn.Module:
         return tail
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.14
     tail = DistributedDataParallel(tail, broadcast_buffers=False)
+
+    def weigh_gradient(_, inputs: tuple[torch.Tensor], logits: torch.Tensor) -> None:
+        """Weighs a rank's gradient by the images of its batch, for DDP takes the ranks' mean."""
+        if logits.requires_grad:
+            images = torch.tensor(len(logits), dtype=torch.float64, device=logits.device)
+            dist.all_reduce(images)
+            weight = len(logits) * world_size() / images
+            logits.register_hook(lambda gradient: gradient * weight.to(gradient.dtype))
+
     tail.register_forward_hook(weigh_gradient)
     return tail
-
-
-def weigh_gradient(tail: nn.Module, inputs: tuple[torch.Tensor], logits: torch.Tensor) -> None:
-    """DistributedDataParallel takes the mean of the ranks' gradients, so this makes a rank's count
-    by the images of its batch."""
-    if logits.requires_grad:
-        images = torch.tensor(len(logits), dtype=torch.float64, device=logits.device)
-        dist.all_reduce(images)
-        weight = len(logits) * world_size() / images
-        logits.register_hook(lambda gradient: gradient * weight.to(gradient.dtype))

@@ -22,8 +22,7 @@ TIMEOUT_SECONDS = 20  # that a host may stay silent during a download
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """Yields a path beside `file` to write to. What was written there is renamed at the end, or
-    removed if anything went wrong."""
+    """A path beside `file` to write to, which is renamed at the end, or removed after an error."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
@@ -34,8 +33,7 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what whole_file's callers were writing here when they were killed. For who holds
-    the folder's lock."""
+    """Removes what killed processes were writing here; for the holder of the folder's lock."""
     for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)
 
@@ -67,7 +65,7 @@ def write_rows(path: str | Path, rows: list[dict]) -> None:
 
 def write_tensors(path: str | Path, content: dict) -> None:
     """A file for torch.load with weights_only=True. Raises UserError, also for what that does not
-    read: after hours of training it would be too late."""
+    read, since it would be too late to notice that when the file is needed."""
     file = io.BytesIO()  # since torch's error of a full disk names no cause
     torch.save(plain(content), file)
     write_file(path, file.getbuffer())
@@ -87,15 +85,16 @@ def plain(value: object) -> object:
     return value
 
 
-def check_writable(file: str | Path) -> None:
-    """Raises before hours of work the UserError that write_file would raise after them."""
-    file = Path(file).absolute()
+def writable(text: str | Path) -> Path:
+    """An argparse type: a file to write. Raises UserError before hours of work, not after them."""
+    file = Path(text).expanduser().absolute()
     try:
         tempfile.TemporaryFile(dir=nearest(file.parent)).close()
         if file.is_dir():
             raise IsADirectoryError(None, "it is a folder")
     except OSError as error:
         raise UserError(f"cannot write {file} ({error.strerror}): name another file") from error
+    return file
 
 
 def nearest(folder: Path) -> Path:
@@ -107,10 +106,9 @@ def locked(out: Path, name: str, wait: bool = False) -> AbstractContextManager:
     """Keeps others away from `name` in the folder `out` until the end of a `with`, by a lock that
     dies with this process. wait: until it is free. Raises UserError."""
     file = out / ".locks" / f"{name}.lock"  # a folder of its own, since filelock leaves the file
-    patience = -1 if wait else 0
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(file, timeout=patience).acquire()
+        return FileLock(file).acquire(blocking=wait)
     except Timeout as error:
         busy = f"another run is writing to {out / name}"
         raise UserError(f"{busy}: wait for its end, or choose another --out") from error

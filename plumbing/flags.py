@@ -14,8 +14,7 @@ from plumbing.machine import PRECISIONS, device_flag
 
 
 def parse(description: str, recipe: dict, argv: list[str] | None) -> argparse.Namespace:
-    """What the user asked for, and nothing else. recipe: the defaults. Raises UserError for one
-    that is none."""
+    """What the user asked for. recipe: the defaults. Raises UserError for an unknown name."""
     parser = Parser(description)
     add = parser.add_argument
     rates = " ".join(f"{stage}={rate:g}" for stage, rate in recipe["rates"].items())
@@ -77,20 +76,18 @@ def parse(description: str, recipe: dict, argv: list[str] | None) -> argparse.Na
 
 
 def learning_rates(args: argparse.Namespace, published: dict[str, float]) -> dict[str, float]:
-    """The rate of each stage that learns, in the order they run; the head learns always, and is the
-    last. Raises UserError."""
+    """By stage that learns, in the order they run; the head always does. Raises UserError."""
     names = freeze.stage_names(args.model)
     for stage in args.unfreeze:
         if stage not in names:
             known = f"{args.model} has {', '.join(names)}"
             raise UserError(f"--unfreeze {stage}: {known}; spaces separate several")
     learning = [name for name in names if name in [*args.unfreeze, names[-1]]]
-    asked = dict(args.lr)
-    for stage in asked:
+    rates = published | dict(args.lr)
+    for stage, _ in args.lr:
         if stage not in learning:
             learns = " and ".join(learning)
             raise UserError(f"--lr {stage}=...: only what learns has a rate, here {learns}")
-    rates = published | asked
     for stage in learning:
         if stage not in rates:
             unknown = f"--unfreeze {stage} has no published rate"
@@ -103,7 +100,6 @@ def folder(text: str) -> Path:
 
 
 def weights_name(text: str) -> str:
-    """imagenet, none, or a path, made absolute."""
     return text if text in ("imagenet", "none") else str(folder(text))
 
 

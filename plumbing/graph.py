@@ -1,19 +1,18 @@
 """Replay a training step as a CUDA graph: one launch in place of hundreds.
 
-A step of a small network launches some 200 kernels, and where each runs for microseconds the GPU
-waits for Python to launch the next one. Recorded once, they are launched together: on an H100 a
-step of fc+layer4 takes 1.1 ms in place of 4.1, of fc+layer3+layer4 2.3 in place of 6.2.
+A step launches some 200 kernels, and where each runs for microseconds the GPU waits for Python to
+launch the next one. Recorded once, they are launched together: on an H100 a step of fc+layer4 takes
+1.1 ms in place of 4.1, of fc+layer3+layer4 2.3 in place of 6.2.
 
     step = CudaGraphStep(step, tail, optimizer)   # step(x, y): forward, backward, update
     for x, y in batches:
         total += step(x, y)                       # returns a tensor
 
-A record repeats kernels with the values that they had. So it is made anew when something has
-changed that it depends on: a rate or another value of the optimizer, a mode (train or eval), which
-parameters learn, a number of a module's, a name of its own module that the step reads. And it is
-not made where a step waits for the device (item(), print of a tensor), draws random numbers on the
-CPU or counts there: such a step runs as it is, which is said once. Whatever else Python does in a
-step, such as looking into a dictionary, it does once only.
+A record repeats kernels with the values that they had. So it is made anew when one of these has
+changed: a value of the optimizer, a mode (train or eval), which parameters learn, a number of a
+module, a name of the step's own module that it reads. A step that waits for the device (item(), a
+printed tensor), or that draws random numbers or counts on the CPU, is not recorded: it runs as it
+is, which is said once. Whatever else Python does in a step, it does once only.
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
 
 Imports torch and numpy only: copy it into yours.
@@ -33,10 +32,9 @@ STEPS_TO_PAY = 20  # a record that is replayed less often has not been worth its
 
 
 class CudaGraphStep:
-    """Calls `step` as it is a few times, then records it, then replays the record. Inputs of
-    another shape than the first ones', such as an epoch's odd last batch, get an ordinary step.
-    What it returns is overwritten by the next call. say: is called with a line if nothing can be
-    recorded."""
+    """Calls `step` as it is a few times, then records it, then replays the record. An epoch's last
+    batch, of another shape than the first, gets an ordinary step. What a call returns is
+    overwritten by the next one. say: is called with a line if nothing can be recorded."""
 
     def __init__(
         self,
@@ -99,33 +97,29 @@ class CudaGraphStep:
         """All that a record depends on and that may change between two steps."""
         learns = [parameter.requires_grad for parameter in self.parameters]
         modes = [plain_values(vars(module)) for module in self.modules]  # training, momentum, p
-        values = []
-        for group in self.optimizer.param_groups:
-            skipped = {"params", "initial_lr"}
-            if self.rate_tensors:
-                skipped.add("lr")  # read from a tensor, which is filled anew
-            values.append({name: group[name] for name in group if name not in skipped})
+        skipped = {"params", "initial_lr"}
+        if self.rate_tensors:
+            skipped.add("lr")  # read from a tensor, which is filled anew
+        groups = [group.items() for group in self.optimizer.param_groups]
+        values = [[item for item in group if item[0] not in skipped] for group in groups]
         read = list(read_by(self.step))
         self.values_read = [value for _, value in read]  # so that none is freed and its id reused
         names = [(name, value if is_plain(value) else id(value)) for name, value in read]
         return learns, modes, values, names
 
     def warm_up(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """An ordinary step; not on the default stream, says the documentation. The last one is
-        watched for what cannot be recorded."""
+        """An ordinary step, not on the default stream, as documented; the last one is watched."""
         self.warm_steps += 1
+        step = self.step if self.warm_steps < WARM_UP_STEPS else self.watch
         main = torch.cuda.current_stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
-            if self.warm_steps < WARM_UP_STEPS:
-                output = self.step(*inputs)
-            else:
-                output = self.watch(inputs)
+            output = step(*inputs)
         main.wait_stream(self.stream)
         return output
 
-    def watch(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """A step that is found out to wait for the device, or to draw numbers on the CPU."""
+    def watch(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """A step, and whether it waits for the device, counts on the CPU or draws numbers there."""
         before, mode = random_states(self.step), torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -165,12 +159,12 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Has an optimizer count its steps on the GPU, if it counts them (Adam does, SGD does not).
     Gives a rate on the device for each group of an optimizer that takes them, otherwise none."""
     warnings.filterwarnings("ignore", message=".*capturable=True can impair")  # before the record
-    for group in optimizer.param_groups:
+    groups = optimizer.param_groups
+    for group in groups:
         if "capturable" in group:
             group["capturable"] = True
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return []
-    groups = optimizer.param_groups
     return [torch.zeros((), device=group["params"][0].device) for group in groups]
 
 
@@ -182,8 +176,7 @@ def own_function(step: Callable) -> Callable:
 
 
 def read_by(step: Callable) -> Iterator[tuple[str, object]]:
-    """The names of its module that a step reads, itself and in other functions of that module that
-    it names, with what they stand for."""
+    """What a step, and other functions of its module that it names, read there, by name."""
     module, unread, seen = own_function(step).__module__, [own_function(step)], set()
     while unread:
         function = unread.pop()

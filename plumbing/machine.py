@@ -25,7 +25,7 @@ from plumbing.files import nearest
 MPS_SINCE = "2.14"  # the first torch with pytorch/pytorch#188371
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NO_DEVICE = "this PyTorch sees no such device"
-# Said of a full memory by: CUDA and MPS; the CPU, on Linux and Windows; cuBLAS; cuDNN 9, two ways.
+# In the errors of a full memory, of CUDA and MPS; the CPU, on Linux and Windows; cuBLAS; cuDNN 9.
 MEMORY_IS_FULL = "out of memory|allocate memory|not enough memory"
 MEMORY_IS_FULL += "|alloc_failed|allocation_failed|unable to find an engine"
 
@@ -38,8 +38,7 @@ def device_flag(text: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, then Apple's MPS, then the CPU, the first that works. Raises UserError for one
-    that does not."""
+    """auto: the first that works of CUDA, Apple's MPS and the CPU. Raises UserError."""
     if name != "auto":
         if reason := why_not(name):
             raise UserError(f"--device {name}: {reason}; --device auto takes what works")
@@ -77,8 +76,7 @@ def why_not(name: str) -> str | None:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """auto: bf16 where the hardware multiplies it fast, fp16 on older CUDA cards, else fp32. By
-    compute capability: is_bf16_supported() says yes for the T4 that students get for free, which
-    emulates it slowly. Raises UserError."""
+    compute capability, since is_bf16_supported() says yes for a T4, which emulates it slowly."""
     if name == "fp16" and device.type == "mps":
         reason = "fused Adam takes steps that overflowed there (pytorch/pytorch#186360)"
         raise UserError(f"--precision fp16 is not for Apple's GPUs: {reason}; take fp32")
@@ -107,16 +105,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def tune(device: torch.device) -> None:
-    """Settings of libraries that change the speed and not the results; and which GPU is meant.
-
-    glibc: keep the memory that PyTorch frees. Left alone it returns big blocks to the kernel and
-    gets them back page by page, zeroed, for each layer's output in each step. Without that the
-    cache fill is 1.24 times as fast on 2 cores (medians of 3, fc+layer4 at 224x224).
-    """
+    """Settings of libraries that change the speed and not the results; and which GPU is meant."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         if device.index is not None:  # cuda:1; plain cuda is the current one already
             torch.cuda.set_device(device)
+    # glibc returns big blocks that PyTorch frees to the kernel, and gets them back page by page,
+    # zeroed, for each layer's output in each step. When it keeps them the cache fill is 1.24 times
+    # as fast on 2 cores (medians of 3, fc+layer4 at 224x224).
     call_glibc("mallopt", -4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
     call_glibc("mallopt", -1, -1)  # M_TRIM_THRESHOLD: never give back
 
@@ -136,8 +132,8 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_is_full(error: BaseException | None) -> bool:
-    """Whether an error is a library's way of saying so. Many raise a plain RuntimeError. One that
-    is raised while a CUDA graph is recorded is the context of another, of the recording."""
+    """Whether an error says so, by its type or its text. One that is raised while a CUDA graph is
+    recorded is the context of another, of the recording."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if not isinstance(error, RuntimeError):
@@ -146,9 +142,8 @@ def memory_is_full(error: BaseException | None) -> bool:
 
 
 def free_memory(place: str, device: torch.device, folder: Path) -> int | None:
-    """Bytes that can be allocated without swapping on the "device" (CUDA's; Apple's GPUs share
-    the host's), the "host", or the "disk" that `folder` is on or will be; None where the system
-    does not tell."""
+    """Bytes to be had without swapping on the "device" (Apple's GPUs share the host's), the "host",
+    or the "disk" that `folder` is on or will be; None where the system does not tell."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun's, on this machine
     if place == "disk":
         return shutil.disk_usage(nearest(folder)).free // processes

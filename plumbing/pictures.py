@@ -37,7 +37,6 @@ READ = " ".join(sorted(ENDINGS))
 SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"}
 SYSTEM |= {"system volume information", "#recycle", "@recycle"}
 NAMED = 10  # of many pictures or folders, how many a message names
-FLAT = 8  # levels of 256 between a picture's darkest and brightest value: nothing to be seen
 DARK = 16  # levels of 256: 12 bits saved in a file of 16 stay below, and look black
 
 
@@ -63,29 +62,24 @@ def folder(
         raise UserError(f"{path} has classes the training set lacks: {', '.join(unknown)}")
     labels = torch.tensor([classes.index(composed(file.parent.name)) for file in files])
     if test_share:
-        numbers = Images(torch.arange(len(files)), labels, classes)
-        chosen, rest = draw_share(numbers, test_share, test_seed, "--test-share")
-        if split == "train":
-            chosen = rest
-        labels, files = chosen.labels, [files[i] for i in chosen.pixels]
+        drawn, rest = draw_share(labels, classes, test_share, test_seed, "--test-share")
+        rows = rest if split == "train" else drawn
+        labels, files = labels[rows], [files[i] for i in rows]
     pixels = torch.from_numpy(decode(files, size or size_in_memory(files, image_size)))
     if 0 < pixels.max() < DARK:
         looks = f"nearly black, none above {pixels.max()} of 255"
         raise UserError(f"the pictures in {path} are {looks}: save them with 8 bits, 0 to 255")
-    if (pixels.flatten(1).amax(1) - pixels.flatten(1).amin(1)).le(FLAT).all():
-        print(f"warning: every picture in {path} is one flat colour, or nearly", flush=True)
     return Images(pixels, labels, classes)
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folder of each split that there is. val/ is for the test where test/ is missing, or is a
-    heap of pictures without classes, as Kaggle hands it out. Raises UserError."""
+    """The folder of each split that there is. val/ is for the test where test/ is missing, or has
+    no classes, as Kaggle hands it out. Raises UserError."""
     there = {path.name.lower(): path for path in folders_in(root)}
     found = {}
     for split, usual in SPLITS.items():
-        for name in usual:
-            if name in there:
-                found.setdefault(split, there[name])
+        if names := [name for name in usual if name in there]:
+            found[split] = there[names[0]]
     heap = found.get("test")
     if "val" in found and not (heap and folders_in(heap)):
         if heap:
@@ -95,8 +89,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def split_folder(root: Path, split: str, test_share: float | None = None) -> Path:
-    """Where a split's classes are: with test_share for both splits the training folder, or `root`
-    where there is none. Raises UserError."""
+    """Where a split's classes are: one folder for both with test_share. Raises UserError."""
     found = split_folders(root)
     if test_share:
         if "test" in found:
@@ -104,36 +97,39 @@ def split_folder(root: Path, split: str, test_share: float | None = None) -> Pat
         return found.get("train", root)
     if split not in found:
         there = ", ".join(path.name for path in folders_in(root)[:NAMED]) or "no folders"
-        usual = " or ".join(SPLITS[split] + SPLITS["val"] * (split == "test"))
+        usual = SPLITS[split]
+        if split == "test":
+            usual += SPLITS["val"]
+        reads = "--dataset folder reads DIR/train/<class>/* and DIR/test/<class>/*"
+        share = "--test-share 0.2 takes a fifth of DIR/<class>/* or DIR/train/<class>/*"
         raise UserError(
-            f"no {root}/{usual}, only {there}: --dataset folder reads "
-            "DIR/train/<class>/* and DIR/test/<class>/*, with --data-dir DIR; --test-share 0.2 "
-            "takes a fifth of DIR/<class>/* or DIR/train/<class>/* for the test"
+            f"no {root}/{' or '.join(usual)}, only {there}: {reads}, with --data-dir DIR; {share}"
         )
     if split != "train":
         say_once(f"{split} pictures from {found[split]}")
     return found[split]
 
 
-def draw_share(images: Images, share: float, seed: int, flag: str) -> tuple[Images, Images]:
-    """A share of each class, one image of each at least, and the rest to train on. Raises
-    UserError, which names `flag`, if that leaves no images of a class."""
-    count = len(images.labels)
-    numbers = images._replace(pixels=torch.arange(count))
-    drawn = stratified_subset(numbers, max(round(share * count), len(images.classes)), seed).pixels
-    left = torch.ones(count, dtype=torch.bool)
-    left[drawn] = False
-    if lacking := set(images.classes) - {images.classes[i] for i in images.labels[left]}:
+def draw_share(
+    labels: torch.Tensor, classes: tuple[str, ...], share: float, seed: int, flag: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers, int64, of a share of each class, one image at least, and of the rest to train
+    on. Raises UserError, which names `flag`, if that leaves no images of a class."""
+    numbers = Images(torch.arange(len(labels)), labels, classes)
+    size = max(round(share * len(labels)), len(classes))
+    drawn = stratified_subset(numbers, size, seed).pixels
+    rest = numbers.pixels[~torch.isin(numbers.pixels, drawn)]
+    if lacking := set(classes) - {classes[i] for i in labels[rest]}:
         which = ", ".join(sorted(lacking)[:NAMED])
         raise UserError(f"{flag} {share:g} leaves no pictures to train on of {which}")
-    say_once(f"{flag} {share:g}: {len(drawn):,} of {count:,} pictures are drawn and not trained on")
-    parts = [Images(images.pixels[i], images.labels[i], images.classes) for i in (drawn, left)]
-    return parts[0], parts[1]
+    said = f"{size:,} of {len(labels):,} pictures are drawn and not trained on"
+    say_once(f"{flag} {share:g}: {said}")
+    return drawn, rest
 
 
 def pictures_in(path: Path, may_lack: bool) -> tuple[tuple[str, ...], list[Path]]:
-    """The classes, sorted, and the pictures of all of them. may_lack: a class may be empty. Raises
-    UserError, also for pictures that lie deeper: they may be a class of their own."""
+    """The classes, sorted, and their pictures. may_lack: a class may be empty. Raises UserError,
+    also for pictures that lie deeper: they may be a class of their own."""
     names = {composed(place.name) for place in folders_in(path)}
     if not names:
         raise UserError(f"{path} has no folder in it: it takes one for each class")
@@ -151,8 +147,8 @@ def pictures_in(path: Path, may_lack: bool) -> tuple[tuple[str, ...], list[Path]
 
 
 def find_pictures(path: Path) -> list[Path]:
-    """A file, or all pictures in a folder and below it, in the same order on every system. Says how
-    many other files are left out, by their ending. Raises UserError."""
+    """A file, or all pictures in a folder and below it, in the same order on every system. What is
+    left out is counted by ending. Raises UserError."""
     if not path.is_dir():
         return [path]
     files, left_out = [], Counter()
@@ -164,8 +160,7 @@ def find_pictures(path: Path) -> list[Path]:
                 files.append(Path(where, name))
             else:
                 left_out[ending or "without an ending"] += 1
-    told = [f"{count} {what}" for what, count in left_out.most_common() if count]
-    if told:
+    if told := [f"{count} {what}" for what, count in left_out.most_common() if count]:
         say_once(f"left out of {path}: {', '.join(told)}")
     if not files:
         raise UserError(f"{path} holds no pictures (read: {READ})")
@@ -217,16 +212,14 @@ def size_in_memory(files: list[Path], image_size: int) -> tuple[int, int]:
 
 
 def decode(files: list[Path], size: Sequence[int]) -> np.ndarray:
-    """All pictures, resized to (height, width): uint8 [N, height, width, 3]. Raises UserError
-    naming those that cannot be read."""
+    """All pictures, resized: uint8 [N, height, width, 3]. Raises UserError naming broken ones."""
     height, width = size
     need = len(files) * height * width * 3
     free = free_memory("host", torch.device("cpu"), Path())
     if free is not None and need > free:
-        raise UserError(
-            f"{len(files):,} pictures of {width}x{height} take {need / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB are free: use a smaller --image-size or fewer pictures"
-        )
+        sizes = f"take {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        less = "use a smaller --image-size or fewer pictures"
+        raise UserError(f"{len(files):,} pictures of {width}x{height} {sizes}: {less}")
     pixels = np.empty((len(files), height, width, 3), np.uint8)
 
     def decode_one(i: int) -> str | None:

@@ -3,7 +3,6 @@
 import math
 import textwrap
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +13,18 @@ from data import Images, transform
 from features import Features
 from plumbing import distributed
 from plumbing.cli import progress, wipe_line
+from plumbing.distributed import Splits
 from plumbing.machine import autocast, device_name
 from plumbing.settings import Settings
 
-if TYPE_CHECKING:  # these import torchvision, which takes seconds
-    from plumbing.datasets import Splits
-    from plumbing.run import Run
-
 MANY_EPOCHS, SHORT_SECONDS = 20, 10  # a run of more epochs that are shorter shows one in ten
-USUAL = ("loss", "accuracy", "images", "share", "seed")  # what is printed, or no metric
+USUAL = ("loss", "accuracy", "images", "share", "seed")  # printed elsewhere, or no metrics
 
 
 def metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """What is said of a network's answers, by name: each is a column of history.csv and of
-    summary.csv, with test_ or val_ before it. logits: float32 [N, classes]; labels: int64 [N].
-    The loss is the mean cross-entropy in nats, whatever LOSS in train.py is."""
+    """How good answers are, by name: each is a column of history.csv and summary.csv, with test_ or
+    val_ before it. logits: float32 [N, classes]; labels: int64 [N]. The loss is the mean
+    cross-entropy in nats, whatever LOSS in train.py is."""
     right = (logits.argmax(1) == labels).sum().item()
     return {
         "loss": F.cross_entropy(logits, labels).item(),
@@ -53,9 +49,8 @@ def prepared(pixels: torch.Tensor, image_size: int, device: torch.device) -> Ite
 
 
 def test_batch(images: int, settings: Settings, device: torch.device) -> int:
-    """How many images are tested at a time: on a GPU some 1,000 of 224x224, and in all batches as
-    many, since cuDNN searches anew for every size. (An H200 tests 11,000 in 16 ms, in batches of
-    128 in 83.)"""
+    """How many images are tested at a time: on a GPU some 1,000 of 224x224 (an H200 tests 11,000 in
+    16 ms, in batches of 128 in 83), in each batch as many, as cuDNN searches for every size."""
     if device.type != "cuda":
         return 128
     most = max(settings.batch_size, int(1024 * min(1, (224 / settings.image_size) ** 2)))
@@ -69,8 +64,7 @@ def score_epoch(
     settings: Settings,
     device: torch.device,
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """After an epoch, of each split, test or val: the metrics, as test_loss, ...; and which images
-    are right, bool [images]."""
+    """After an epoch: the metrics, as test_loss, ...; and which images are right, bool [images]."""
     distributed.average_batchnorm(tail)
     scores, correct = {}, {}
     for split, split_images in images.items():
@@ -86,8 +80,8 @@ def score_epoch(
     return scores, correct
 
 
-def print_setup(run: "Run", model: nn.Module, images: "Splits", device: torch.device) -> None:
-    """What a run is about to do: where, on which pictures, which stages learn, on what device."""
+def print_setup(run, model: nn.Module, images: Splits, device: torch.device) -> None:
+    """What a plumbing.run.Run is about to do: where, on which pictures, which stages learn, ..."""
     print(run.folder)
     others = [f"{len(split.labels):,} {name}" for name, split in images.watched().items()]
     print(f"data     {images.train_images:,} train and {' and '.join(others)} images")
@@ -101,10 +95,10 @@ def print_setup(run: "Run", model: nn.Module, images: "Splits", device: torch.de
         rate = run.settings.rates.get(name)
         says = f"learns at {rate:g}" if rate else frozen
         print(f"{name:<8} {count:>12,}  {says}")
-    no_cuda = ""
+    text = f"device   {device_name(device)}, {run.settings.precision}"
     if run.args.device == "auto" and device.type != "cuda":
-        no_cuda = ", no CUDA GPU"
-    print(f"device   {device_name(device)}, {run.settings.precision}{no_cuda}", flush=True)
+        text += ", no CUDA GPU"
+    print(text, flush=True)
 
 
 def print_classes(images: Images) -> None:
@@ -117,37 +111,34 @@ def print_classes(images: Images) -> None:
     if counts[small] < counts[large]:
         text += f"; from {counts[small]:,} of {classes[small]} to {counts[large]:,} of "
         text += classes[large]
-    indent = " " * 9
-    print(textwrap.fill(text, 79, initial_indent=indent, subsequent_indent=indent))
+    print(textwrap.indent(textwrap.fill(text, 70), " " * 9))
 
 
-def print_header(split: str) -> None:
-    """split: what is scored after each epoch, test or val."""
-    print(f"    epoch  train loss  accuracy {split + ' loss':>11}  accuracy   seconds", flush=True)
-
-
-def print_epoch(row: dict, last: int) -> None:
-    """A row of history.csv, under print_header's line; of many short epochs one in ten."""
+def print_epoch(row: dict, last: int, header: bool) -> None:
+    """A row of history.csv; of many short epochs one in ten."""
     wipe_line()
     epoch, seconds = row["epoch"], row["seconds"]
+    if header:
+        print(f"    epoch  train loss  accuracy {split_of(row) + ' loss':>11}  accuracy   seconds")
     short = last > MANY_EPOCHS and seconds < SHORT_SECONDS
     if short and epoch not in (1, last) and epoch % 10:
         return
     found = figures(row)
     more = "".join(f"  {name} {value:.4g}" for name, value in found.items() if name not in USUAL)
-    print(
-        f"{epoch:4}/{last:<4} {row['train_loss']:11.4f} {row['train_accuracy']:9.2%} "
-        f"{found['loss']:11.4f} {found['accuracy']:9.2%} {seconds:9.1f}{more}",
-        flush=True,
-    )
+    numbers = f"{row['train_loss']:11.4f} {row['train_accuracy']:9.2%} {found['loss']:11.4f}"
+    numbers += f" {found['accuracy']:9.2%} {seconds:9.1f}"
+    print(f"{epoch:4}/{last:<4} {numbers}{more}", flush=True)
+
+
+def split_of(row: dict) -> str:
+    """On which pictures strategies are chosen; row: of history.csv or summary.csv."""
+    return "val" if "val_accuracy" in row else "test"
 
 
 def figures(row: dict) -> dict[str, float]:
-    """Of a row of history.csv or summary.csv what is said of the pictures that strategies are
-    chosen on, without val_ or test_."""
-    split = "val_" if "val_accuracy" in row else "test_"
-    names = [name for name in row if name.startswith(split)]
-    return {name.removeprefix(split): row[name] for name in names}
+    """What a row of history.csv or summary.csv says of these pictures, by the metric's name."""
+    names = [name for name in row if name.startswith(f"{split_of(row)}_")]
+    return {name.partition("_")[2]: row[name] for name in names}
 
 
 def print_time_left(seconds: float) -> None:
@@ -164,12 +155,9 @@ def print_row(row: dict, header: bool) -> None:
     found = figures(row)
     more = {name: value for name, value in found.items() if name not in USUAL}
     if header:
-        split = "val" if "val_accuracy" in row else "test"
         others = "".join(f"{name:>10}" for name in more)
-        print(f"train loss {split + ' loss':>10}   accuracy  images  epochs{others}  run")
+        print(f"train loss {split_of(row) + ' loss':>10}   accuracy  images  epochs{others}  run")
     others = "".join(f"{value:10.4g}" for value in more.values())
-    print(
-        f"{row['train_loss']:10.4f} {found['loss']:10.4f} {found['accuracy']:10.2%} "
-        f"{found['images']:7,} {row['epochs']:7}{others}  {row['run']}",
-        flush=True,
-    )
+    numbers = f"{row['train_loss']:10.4f} {found['loss']:10.4f} {found['accuracy']:10.2%}"
+    numbers += f" {found['images']:7,} {row['epochs']:7}{others}"
+    print(f"{numbers}  {row['run']}", flush=True)

@@ -20,7 +20,7 @@ from torch import nn
 from data import UserError
 from plumbing import distributed, report
 from plumbing.datasets import Splits
-from plumbing.files import check_writable, locked, remove_leftovers, write_rows, write_tensors
+from plumbing.files import locked, remove_leftovers, writable, write_rows, write_tensors
 from plumbing.machine import device_name
 from plumbing.settings import Settings, changed_names, in_words
 from plumbing.weights import load_optimizer, read_checkpoint
@@ -30,9 +30,9 @@ CHECKPOINT_SECONDS, CHECKPOINT_INTERVAL = 60, 20
 
 
 class Run:
-    """A run's folder while one process trains in it. lengths: how many epochs were asked for, in
-    order; start: when the command was started, monotonic. Entering raises UserError when another
-    process is in the folder, and when it holds another run or a damaged checkpoint."""
+    """A run's folder while one process trains in it. lengths: the epochs asked for, in order;
+    start: when the command was started, monotonic. Entering raises UserError when another process
+    is in the folder, and when it holds another run or a damaged checkpoint."""
 
     def __init__(
         self, args: Namespace, settings: Settings, lengths: list[int], images: Splits, start: float
@@ -51,7 +51,7 @@ class Run:
             if distributed.rank() == 0:
                 stack.enter_context(locked(self.args.out, self.settings.name))
                 remove_leftovers(self.folder)
-                check_writable(self.folder / "history.csv")
+                writable(self.folder / "history.csv")
                 self.look()
             self.missing, self.checkpoint = distributed.broadcast((self.missing, self.checkpoint))
             self.last_epoch = max(self.missing, default=0)
@@ -87,19 +87,17 @@ class Run:
                 if setting == "code":
                     changed |= changed_names(before, value)
                 elif before != value:
-                    raise UserError(
-                        f"{self.folder / name} was trained with {setting} {before}, not {value}: "
-                        f"go on as it began, use another --out, or delete {self.folder}"
-                    )
+                    wrong = f"{self.folder / name} was trained with {setting} {before}, not {value}"
+                    choice = f"go on as it began, use another --out, or delete {self.folder}"
+                    raise UserError(f"{wrong}: {choice}")
         # A run of an edited recipe is another run, too. To go on would mix the two. To begin anew
         # replaces the old one, but only when an epoch is kept: a mistyped idea costs nothing.
-        if changed and self.args.resume:
-            raise UserError(
-                f"{self.folder} was trained with another {in_words(changed)}: give this variation "
-                f"a name, --tag NAME, use another --out, or leave out --resume to begin anew"
-            )
         if changed:
-            print(f"replaces {self.folder}, trained with another {in_words(changed)}")
+            other = f"trained with another {in_words(changed)}"
+            if self.args.resume:
+                choice = "give this variation a name, --tag NAME, use another --out, or leave out"
+                raise UserError(f"{self.folder} was {other}: {choice} --resume to begin anew")
+            print(f"replaces {self.folder}, {other}")
             for pattern in ("epoch*", "latest.pt", "best*", "history.csv"):
                 self.outdated += self.folder.glob(pattern)
         elif saved.keys() - {"best.pt"}:
@@ -117,7 +115,7 @@ class Run:
         write_rows(self.folder / "history.csv", saved[last]["history"])
         if last != "latest.pt":
             (self.folder / "latest.pt").unlink(missing_ok=True)
-        # What begins again from the start takes nothing from what has come further.
+        # A run that begins again from the start keeps what a longer one has left.
         if "best.pt" in saved:
             self.best = saved["best.pt"]["history"][-1]["val_accuracy"]
         if not self.args.resume:
@@ -139,15 +137,14 @@ class Run:
             load_optimizer(parts["optimizer"], saved["optimizer"])
             for name in parts.keys() - {"optimizer"}:
                 parts[name].load_state_dict(saved[name])
-            self.history = list(saved["history"])
+            self.history = saved["history"]
             self.started -= saved["seconds"]
             self.checkpoint = None  # its memory is needed
             print(f"resumed  after epoch {len(self.history)}")
-        self.first = len(self.history) + 1
-        report.print_header("val" if self.settings.val_data else "test")
 
     def epochs(self) -> Iterator[int]:
         """The epochs to train, counted from 1."""
+        self.first = len(self.history) + 1
         for epoch in range(self.first, self.last_epoch + 1):
             self.epoch_started = time.monotonic()
             yield epoch
@@ -159,10 +156,9 @@ class Run:
         moved = {id(parameter) for group in groups for parameter in group["params"]}
         for name, parameter in (*self.parts["model"].named_parameters(), *tail.named_parameters()):
             if parameter.requires_grad and id(parameter) not in moved:
-                raise UserError(
-                    f"{name} has requires_grad and is not in the optimizer: name its stage in "
-                    "--unfreeze, or add it to the optimizer's groups"
-                )
+                put_right = "name its stage in --unfreeze, or add it to the optimizer's groups"
+                wrong = f"{name} has requires_grad and is not in the optimizer"
+                raise UserError(f"{wrong}: {put_right}")
         self.row = distributed.all_reduce_mean(numbers, images)
         self.train_seconds = time.monotonic() - self.epoch_started
 
@@ -173,10 +169,8 @@ class Run:
         losses = [value for name, value in (self.row | scores).items() if "loss" in name]
         if not math.isfinite(sum(losses)):
             kept = f"; {self.folder} keeps epoch {self.newest}" if self.newest else ""
-            raise FloatingPointError(
-                f"the loss is not finite in epoch {epoch} with --lr "
-                f"{self.settings.learning_rates}: try lower rates{kept}"
-            )
+            rates = f"with --lr {self.settings.learning_rates}: try lower rates"
+            raise FloatingPointError(f"the loss is not finite in epoch {epoch} {rates}{kept}")
         shown = scores
         if "val" in correct:  # the test is for later, when all is chosen
             shown = {name: scores[name] for name in scores if name.startswith("val_")}
@@ -188,7 +182,7 @@ class Run:
         self.row = {}
         if distributed.rank() == 0:
             self.save(epoch)
-        report.print_epoch(row, self.last_epoch)
+        report.print_epoch(row, self.last_epoch, header=epoch == self.first)
         if epoch == self.first:
             report.print_time_left(row["seconds"] * (self.last_epoch - epoch))
         if epoch in self.missing:
@@ -196,9 +190,9 @@ class Run:
             print(f"saved    {self.folder}/epoch{epoch}.pt, {seconds:.1f} s in all", flush=True)
 
     def save(self, epoch: int) -> None:
-        """epochN.pt for a length that was asked for; else latest.pt, once a minute at most, and
-        seldom enough that writing takes under a twentieth of the time; best.pt for the best epoch
-        on val; and history.csv. What has come further is not taken back."""
+        """epochN.pt for a length that was asked for; else latest.pt, once a minute at most, and so
+        that writing takes under a twentieth of the time; best.pt for the best epoch on val; and
+        history.csv. What a longer run left stays."""
         interval = max(CHECKPOINT_SECONDS, CHECKPOINT_INTERVAL * self.write_seconds)
         due = time.monotonic() - self.written >= interval
         while self.outdated:
@@ -231,14 +225,12 @@ class Run:
             self.write_seconds = self.written - start
 
     def metadata(self) -> dict:
-        """What does not tell runs apart: where things were, and what trained it."""
-        args, parameters = self.args, list(self.parts["model"].parameters())
+        """Recorded beside the settings: two runs that differ here alone are the same run."""
+        asked, parameters = vars(self.args), list(self.parts["model"].parameters())
         device = parameters[0].device
         return {
-            "dataset": args.dataset,
-            "data_dir": str(args.data_dir),
-            "weights": args.weights,
-            "test_share": args.test_share,
+            **{name: asked[name] for name in ("dataset", "weights", "test_share")},
+            "data_dir": str(asked["data_dir"]),
             "picture_size": self.images.picture_size,
             "train_images": self.images.train_images,
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),

@@ -1,5 +1,5 @@
-"""A run's settings, from which come its name, its row in a CSV file, and what is the same run; two
-of them more closely: the rates over time, and the recipe's code."""
+"""A run's settings, which give its name and its row in a CSV file, and tell whether two runs are
+the same; and two of them more closely: the rates over time, and the recipe's code."""
 
 import ast
 import hashlib
@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,10 +15,8 @@ from torch import nn
 import freeze
 from data import UserError
 from plumbing import distributed
+from plumbing.distributed import Splits
 from plumbing.files import fingerprint
-
-if TYPE_CHECKING:  # it imports torchvision, which takes seconds
-    from plumbing.datasets import Splits
 
 ROOT = Path(__file__).parent.parent
 # In a CSV file the names of the data set and of the weights stand for these.
@@ -69,9 +66,7 @@ class Settings:
         name += f"-e{self.schedule_epochs}" if self.schedule_epochs else ""
         name += f"-{self.model}" if self.model != "resnet18" else ""
         name += f"-{self.weights}" if self.weights != "imagenet" else ""
-        published = rates_in_words(freeze.LEARNING_RATES).split()
-        others = [rate for rate in self.learning_rates.split() if rate not in published]
-        return "-".join([name, *others])
+        return "-".join([name, *other_rates(self.learning_rates)])
 
     @property
     def unfrozen(self) -> list[str]:
@@ -96,33 +91,27 @@ def settings_of(
     args: Namespace,
     rates: dict[str, float],
     precision: str,
-    images: "Splits",
+    images: Splits,
     model: nn.Module,
     lengths: list[int],
     schedule: Callable | None,
     train_file: str,
 ) -> Settings:
     """The settings of the run that train.py's flags ask for. rates: of the stages that learn, in
-    the order they run; model: before any training; lengths: epochs asked for; schedule: train.py's;
-    train_file: where that is."""
+    the order they run; model: before any training; lengths: epochs asked for."""
     *backbone, head = rates
     stages = [head, *backbone]
+    as_asked = ["tag", "model", "image_size", "batch_size", "frozen_batchnorm", "seed", "test_seed"]
     return Settings(
+        **{name: getattr(args, name) for name in as_asked},
         dataset=args.data_dir.name if args.dataset == "folder" else args.dataset,
         strategy="+".join(stages),
-        tag=args.tag,
-        model=args.model,
         weights=name_of_weights(args.weights),
         train_size=args.train_size or 0,
         val_share=args.val_share or 0.0,
-        image_size=args.image_size,
-        batch_size=args.batch_size,
         learning_rates=rates_in_words({stage: rates[stage] for stage in stages}),
         schedule_epochs=max(lengths) if schedule else 0,
-        frozen_batchnorm=args.frozen_batchnorm,
         precision=precision,
-        seed=args.seed,
-        test_seed=args.test_seed,
         ranks=distributed.world_size(),
         classes=images.train.classes,
         train_data=images.hashes["train"],
@@ -146,7 +135,10 @@ def rates_in_words(rates: dict[str, float]) -> str:
     return " ".join(f"{name}={float(rate)!r}" for name, rate in rates.items())
 
 
-# ---------------------------------------------------------------- rates over time
+def other_rates(learning_rates: str) -> list[str]:
+    """Those that are not as published: layer4=0.001, ..."""
+    published = rates_in_words(freeze.LEARNING_RATES).split()
+    return [rate for rate in learning_rates.split() if rate not in published]
 
 
 def lengths_of_runs(epochs: list[int], schedule: Callable | None) -> list[list[int]]:
@@ -165,7 +157,7 @@ class Schedule:
         self, make: Callable | None, optimizer: torch.optim.Optimizer, epochs: int, steps: int
     ):
         self.optimizer, self.scheduler, self.by_step = optimizer, None, False
-        if make is not None:
+        if make:
             self.by_step = any("step" in name for name in inspect.signature(make).parameters)
             self.scheduler = make(optimizer, steps if self.by_step else epochs)
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -193,9 +185,6 @@ class Schedule:
     def load_state_dict(self, state: dict) -> None:
         if self.scheduler:
             self.scheduler.load_state_dict(state)
-
-
-# ---------------------------------------------------------------- the recipe's code
 
 
 def recipe_code(train_file: str | Path) -> dict[str, str]:

@@ -12,8 +12,8 @@ from statistics import mean, stdev, variance
 
 import torch
 
-import freeze
-from plumbing.settings import rates_in_words
+from plumbing.report import figures, split_of
+from plumbing.settings import other_rates
 
 SPLITS = {"val": "validation", "test": "test"}
 MORE_SEEDS = 'SEEDS="0 1 2" bash run_all.sh tells whether others agree'
@@ -30,8 +30,7 @@ def mcnemar(only: int, only_other: int) -> float:
     """How probable it is that two equally good networks differ on images at least so unequally
     (McNemar 1947): the exact binomial test, two-sided."""
     numbers = torch.arange(min(only, only_other) + 1, dtype=torch.float64)
-    half = torch.tensor(0.5, dtype=torch.float64)
-    binomial = torch.distributions.Binomial(only + only_other, half)
+    binomial = torch.distributions.Binomial(only + only_other, torch.tensor(0.5).double())
     return min(1.0, 2 * binomial.log_prob(numbers).exp().sum().item())
 
 
@@ -97,10 +96,9 @@ class Candidate:
     def __init__(self, found: dict[tuple, tuple[dict, dict]], seeds: list[tuple]):
         self.rows, checkpoints = zip(*(found[seed] for seed in seeds))
         row, saved = self.rows[0], checkpoints[0]
-        published = rates_in_words(freeze.LEARNING_RATES).split()
-        others = [rate for rate in row["learning_rates"].split() if rate not in published]
+        others = other_rates(row["learning_rates"])
         self.name = " ".join([row["strategy"], *row["tag"].split(), *others])
-        self.split = "val" if "val_correct" in saved else "test"  # to be chosen on
+        self.split = split_of(row)  # to be chosen on
         self.correct = torch.stack([saved[f"{self.split}_correct"] for saved in checkpoints])
         self.wander = wander(saved["history"], self.split)
         self.guessing = 1 / len(saved["settings"]["classes"])
@@ -130,22 +128,19 @@ def comparable(runs: Runs) -> list[Candidate]:
 
 
 def spreads(runs: Runs) -> Iterator[str]:
-    """A line for each run that was repeated with other seeds: the mean of the accuracies and their
-    standard deviation."""
+    """Of each run that was repeated with other seeds: the accuracies' mean and deviation."""
     for group in alike(runs, BY_SEED).values():
         rows = [row for row, _ in group]
         seeds = [str(row["seed"]) for row in rows]
         if len(set(seeds)) > 1:
-            split = "val" if "val_accuracy" in rows[0] else "test"
-            accuracies = [row[f"{split}_accuracy"] for row in rows]
-            figures = f"{mean(accuracies):10.2%} ± {100 * stdev(accuracies):.2f} points"
+            accuracies = [figures(row)["accuracy"] for row in rows]
+            of_all = f"{mean(accuracies):10.2%} ± {100 * stdev(accuracies):.2f} points"
             run = rows[0]["run"].replace(f"-s{seeds[0]}", "", 1)
-            yield f"{figures}, seeds {' '.join(seeds)}, {rows[0]['epochs']} epochs, {run}"
+            yield f"{of_all}, seeds {' '.join(seeds)}, {rows[0]['epochs']} epochs, {run}"
 
 
 def verdict(runs: Runs) -> tuple[str, str]:
-    """What is said of each group of two strategies or more, in lines of at most 80 columns; and
-    which runs are in none of these groups."""
+    """What is said of each group of two strategies or more; and of the runs in none of them."""
     groups = alike(runs, VARIED)
     common = frozenset.intersection(*groups)
     said, compared, reasons = "", set(), ["code", "length", "seed"]
@@ -167,10 +162,9 @@ def verdict(runs: Runs) -> tuple[str, str]:
 
 def paragraph(heading: str, texts: Iterable[str]) -> str:
     """As lines of at most 80 columns, below an empty one."""
-    indents = {"initial_indent": " " * 9, "subsequent_indent": " " * 11}
-    lines = [textwrap.fill(text, 80, break_on_hyphens=False, **indents) for text in texts]
-    text = "\n".join([*lines, ""])
-    return f"\n{heading}{text[len(heading) :]}"
+    how = {"subsequent_indent": " " * 2, "break_on_hyphens": False}
+    lines = "\n".join(textwrap.fill(text, 71, **how) for text in texts)
+    return f"\n{heading:9}" + textwrap.indent(f"{lines}\n", " " * 9).removeprefix(" " * 9)
 
 
 def sentences(candidates: list[Candidate]) -> Iterator[str]:

@@ -34,9 +34,6 @@ def load_tensors(path: str | Path, kind: str) -> object:
         raise UserError(f"{path} is damaged, or no {kind}") from error
 
 
-# ---------------------------------------------------------------- a checkpoint of train.py
-
-
 def read_checkpoint(path: str | Path) -> dict:
     """What train.py saved, on the CPU. Raises UserError naming the file."""
     if not Path(path).is_file():
@@ -61,8 +58,8 @@ def summary_row(path: str | Path, checkpoint: dict, scores: dict[str, float]) ->
     row |= Settings(**checkpoint["settings"]).row() | {"train_images": metadata["train_images"]}
     row |= {"test_images": len(checkpoint["test_correct"]), "train_loss": last["train_loss"]}
     row |= scores | {"trainable_parameters": metadata["trainable_parameters"]}
-    row |= {"seconds": checkpoint["seconds"], "device": metadata["device"]}
-    return row | {"torch": metadata["torch"]}
+    row |= {"seconds": checkpoint["seconds"]}
+    return row | {name: metadata[name] for name in ("device", "torch")}
 
 
 class Trained(NamedTuple):
@@ -76,11 +73,9 @@ class Trained(NamedTuple):
     precision: str
 
 
-def load_model(
-    checkpoint: dict, device: str | None = None, precision: str | None = None
-) -> Trained:
-    """The network, rebuilt from nothing else, on the device and in the precision of its training
-    unless others are asked for. Raises UserError for a device that is not there."""
+def load_model(checkpoint: dict, device: str = "", precision: str = "") -> Trained:
+    """The network, on the device and in the precision of its training unless others are asked for.
+    Raises UserError for a device that is not there."""
     settings = checkpoint["settings"]
     where = pick_device(device or checkpoint["metadata"]["device_type"])
     how = pick_precision(precision or settings["precision"], where)
@@ -101,12 +96,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
-# ---------------------------------------------------------------- weights to start from
-
-
 def pretrained(args: Namespace, classes: tuple[str, ...]) -> nn.Module:
-    """The network that train.py's flags ask for, with a last layer for these classes. Raises
-    UserError."""
+    """The network that train.py's flags ask for. Raises UserError."""
     state, keep_head = load(args.weights, args.model, classes)
     return freeze.build(args.model, len(classes), state, args.seed, keep_head)
 
@@ -117,16 +108,14 @@ def load(weights: str, model: str, classes: tuple[str, ...] = ()) -> tuple[State
     these same classes. Raises UserError."""
     if weights == "none":
         return None, False
-    file = Path(weights)
+    file, keep_head = Path(weights), False
     if weights == "imagenet":
         content = imagenet(model)
     elif file.is_file():
-        kind = "file of weights: save model.state_dict() with torch.save"
-        content = load_tensors(file, kind)
+        content = load_tensors(file, "file of weights: save model.state_dict() with torch.save")
     else:
         takes = "--weights takes imagenet, none or the path of a file"
         raise UserError(f"no weights file {file}: {takes}")
-    keep_head = False
     if isinstance(content, dict) and isinstance(content.get("settings"), dict):  # train.py's
         keep_head = tuple(content["settings"]["classes"]) == classes
         kept = "kept: the classes are the same" if keep_head else "new: the classes are others"
@@ -137,8 +126,7 @@ def load(weights: str, model: str, classes: tuple[str, ...] = ()) -> tuple[State
 
 
 def imagenet(model: str) -> State:
-    """torchvision's IMAGENET1K_V1. Its hash is checked when it is downloaded, into torch.hub's
-    folder. Raises UserError."""
+    """From torch.hub's folder, or downloaded and its hash checked. Raises UserError."""
     from torchvision.models import get_model_weights  # here: to import it takes seconds
 
     published = get_model_weights(model).IMAGENET1K_V1
@@ -196,6 +184,6 @@ def fitted(state: State, file: Path, model: str, network: nn.Module, keep_head: 
     if more := [key for key in left_over if key.split(".")[0] in layers]:
         raise UserError(f"{file} is no {model}: it has {more[0]} besides; try another --model")
     if left_over:
-        unused = f"{len(left_over)} not used: {', '.join(left_over[:5])}"
-        print(f"weights  {file.name}: {unused}", flush=True)
+        some = ", ".join(left_over[:5])
+        print(f"weights  {file.name}: {len(left_over)} not used: {some}", flush=True)
     return loaded | own if keep_head else loaded

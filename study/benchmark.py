@@ -17,9 +17,7 @@ Also takes train.py's --dataset, --data-dir, --weights, --model, --image-size,
 --batch-size, --seed, --device and --precision. Losses and memory are in the CSV.
 """
 
-import plumbing  # noqa: F401  # before torch, for whose threads it sets something
-
-# isort: split
+import plumbing  # isort: skip  # noqa: F401  # before torch, for whose threads it sets something
 import contextlib
 import io
 import multiprocessing
@@ -39,7 +37,7 @@ import train
 from data import UserError
 from plumbing import datasets, flags, machine, weights
 from plumbing.cli import Parser, command, show_line, whole_number, wipe_line
-from plumbing.files import check_writable, write_rows
+from plumbing.files import writable, write_rows
 from plumbing.weights import read_checkpoint
 from study import textbook
 
@@ -50,8 +48,8 @@ PASSED = ("model", "weights", "image_size", "batch_size", "seed", "device", "pre
 
 
 def measure(variant: str, root: Path, strategy: str, args: Namespace) -> dict[str, float]:
-    """Train in a new process on the pictures in root/train and test on those in root/test. Returns
-    columns of the CSV file, and the seconds that the process took, with Python's start."""
+    """Train in a new process on root/train and test on root/test. Returns columns of the CSV file,
+    and the seconds that the process took, with Python's start."""
     show_line(f"{strategy}: {variant}")
     start = time.monotonic()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -117,8 +115,7 @@ def run_ours(root: Path, strategy: str, args: Namespace, cache: str) -> tuple[li
 
 
 def row_of(strategy: str, variant: str, result: dict, sizes: tuple, full: tuple) -> dict:
-    """A row of the CSV file, projected to all images. sizes and full: how many images were
-    measured and how many the data set has, (train, test)."""
+    """A row of the CSV file, projected from `sizes` to `full`, numbers of (train, test) images."""
     row = {"strategy": strategy, "variant": variant} | result
     reading = row.pop("read_seconds")  # which the process did twice
     start_up = row.pop("wall_seconds") - row.pop("measured_seconds") - 2 * reading
@@ -168,7 +165,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--epochs", type=whole_number(1), default=2, help="measured (default: 2)")
     add("--train-size", type=whole_number(1), metavar="N",
         help="measured, with a quarter as many test images (default: all on a GPU, 256 on a CPU)")
-    add("--csv", type=Path, metavar="FILE", help="write the rows to this file too")
+    add("--csv", type=writable, metavar="FILE", help="write the rows to this file too")
     # fmt: on
     own, rest = parser.parse_known_args(argv)
     args, usual = flags.parse(__doc__, train.RECIPE, rest), flags.parse("", train.RECIPE, [])
@@ -204,12 +201,10 @@ def write_pictures(folder: Path, images: data.Images) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.csv:
-        check_writable(args.csv)
     device = machine.pick_device(args.device)
     args.device = str(device)
     args.precision = machine.pick_precision(args.precision, device)
-    weights.load(args.weights, args.model)  # to be refused before anything is measured
+    weights.load(args.weights, args.model)  # a file that does not fit is refused before hours pass
     images, test, full = load(args, device)
     sizes, rows = (len(images.labels), len(test.labels)), []
     print(f"device   {machine.device_name(device)}, torch {torch.__version__}, {args.precision}")

@@ -18,8 +18,7 @@ from plumbing.cli import Parser, command
 
 
 def sweep(runs: list[dict], column: str, name: str) -> "pyplot.Figure | None":
-    """Accuracy by a number that was varied: of the groups of runs that have one length and all else
-    equal, the one in which most runs differ."""
+    """Accuracy by a number that was varied, in the largest group of otherwise equal runs."""
     groups = plot.by(runs, "epochs", *(size for size in plot.SIZES if size != column)).values()
     groups = sorted(groups, key=lambda group: group[0]["epochs"])  # of equal ones the shorter runs
     runs = max(groups, key=lambda group: len(plot.by(group, "label", column)))
@@ -83,8 +82,8 @@ def race(runs: list[dict], benchmark: Path) -> "pyplot.Figure | None":
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for row in plot.read_csv(benchmark):
         strategy = f"fc+{row['strategy']}".replace("fc+fc", "fc")  # older files leave out fc
-        found = [run for run in runs if (run["label"], run["seed"]) == (strategy, 0)]
-        found = [run for run in found if (run["train_images"], run["image_size"]) == (largest, 224)]
+        same = {"label": strategy, "seed": 0, "train_images": largest, "image_size": 224}
+        found = [run for run in runs if same.items() <= run.items()]
         if not found or row["variant"] not in ("textbook", "ours"):
             continue
         run = max(found, key=lambda run: run["epochs"])
