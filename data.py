@@ -11,6 +11,7 @@
 Imports torch, torchvision, numpy and PIL, nothing of this repository: copy it into yours.
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Sequence
@@ -152,9 +153,11 @@ def open_picture(file: str | Path) -> tuple[Image.Image, bool]:
     and stands on white now. Raises UserError naming a file that cannot be read."""
     try:
         with Image.open(file) as image:
-            image.getexif()  # read before it is dropped: exif_transpose would write it anew, and
-            image.info.pop("exif", None)  # fail where a camera wrote entries that are not valid
-            return as_rgb(ImageOps.exif_transpose(image))
+            with contextlib.suppress(Exception):  # broken metadata makes no broken picture
+                image.getexif()  # read before it is dropped: exif_transpose would write it anew,
+                image.info.pop("exif", None)  # and fail where a camera wrote invalid entries
+                image = ImageOps.exif_transpose(image)
+            return as_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly everything on a broken file

@@ -217,7 +217,12 @@ def test_pictures_of_any_mode_are_read_as_pillow_does(tmp_path, capsys, mode, su
 
 
 @pytest.mark.parametrize(
-    "name, more", [("a.png", {"pnginfo": WORKFLOW}), ("a.jpg", {"exif": b"Exif\0\0rubbish"})]
+    "name, more",
+    [
+        ("a.png", {"pnginfo": WORKFLOW}),
+        ("a.png", {"exif": b"rubbish"}),
+        ("a.jpg", {"exif": b"Exif\0\0rubbish"}),
+    ],
 )
 def test_what_else_a_picture_holds_changes_nothing(tmp_path, name, more):
     expected = picture(tmp_path / name, **more)
