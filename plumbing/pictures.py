@@ -37,6 +37,7 @@ READ = " ".join(sorted(ENDINGS))
 SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"}
 SYSTEM |= {"system volume information", "#recycle", "@recycle"}
 NAMED = 10  # of many pictures or folders, how many a message names
+FLAT = 8  # levels of 256 between a picture's darkest and brightest value: nothing to be seen
 DARK = 16  # levels of 256: 12 bits saved in a file of 16 stay below, and look black
 
 
@@ -69,6 +70,8 @@ def folder(
     if 0 < pixels.max() < DARK:
         looks = f"nearly black, none above {pixels.max()} of 255"
         raise UserError(f"the pictures in {path} are {looks}: save them with 8 bits, 0 to 255")
+    if (pixels.flatten(1).amax(1) - pixels.flatten(1).amin(1)).le(FLAT).all():
+        print(f"warning: every picture in {path} is one flat colour, or nearly", flush=True)
     return Images(pixels, labels, classes)
 
 
