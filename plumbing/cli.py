@@ -33,8 +33,12 @@ class Parser(argparse.ArgumentParser):
     """Flags in full, and the module's docstring as it stands in place of a usage line."""
 
     def __init__(self, description: str):
-        how = {"usage": argparse.SUPPRESS, "formatter_class": argparse.RawDescriptionHelpFormatter}
-        super().__init__(description=description, allow_abbrev=False, **how)
+        super().__init__(
+            usage=argparse.SUPPRESS,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
 
 def whole_number(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
