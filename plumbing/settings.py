@@ -1,5 +1,5 @@
-"""A run's settings, which give its name and its row in a CSV file, and tell whether two runs are
-the same; and two of them more closely: the rates over time, and the recipe's code."""
+"""A run's settings. From them come its name, its row in a CSV file, and whether two runs are the
+same one. Below, two of the settings in detail: the rates over time, and the recipe's code."""
 
 import ast
 import hashlib
