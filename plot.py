@@ -1,6 +1,6 @@
 """Draw a folder of runs: pictures from the CSV files alone.
 
-    python plot.py                # study/results/h100, the runs of the README
+    python plot.py                # study/results/h100
     python plot.py results        # your own
 
 Reads summary.csv (compare.py --csv), every run's history.csv, and what

@@ -48,7 +48,8 @@ RECIPE = {
 # Or functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=True), or with "rates": {"fc":
 # 0.03, "layer4": 0.01, "layer3": 0.003} above functools.partial(torch.optim.SGD, momentum=0.9)
 OPTIMIZER = functools.partial(torch.optim.Adam, fused=True)
-# Constant, as published. Or a function of (optimizer, epochs) or, by the step, (optimizer, steps):
+# Constant, as published. Or a function of (optimizer, epochs), to change after each epoch, or of
+# (optimizer, steps), to change after each step:
 # lambda optimizer, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 SCHEDULE = None
 LOSS = F.cross_entropy  # or functools.partial(F.cross_entropy, label_smoothing=0.1)

@@ -96,7 +96,7 @@ class Run:
             other = f"trained with another {in_words(changed)}"
             if self.args.resume:
                 choice = "give this variation a name, --tag NAME, use another --out, or leave out"
-                raise UserError(f"{self.folder} was {other}: {choice} --resume to begin anew")
+                raise UserError(f"{self.folder} was {other}: {choice} --resume to replace it")
             print(f"replaces {self.folder}, {other}")
             for pattern in ("epoch*", "latest.pt", "best*", "history.csv"):
                 self.outdated += self.folder.glob(pattern)

@@ -74,7 +74,7 @@ def test_the_differences_and_their_errors():
             assert figure in known or figure in logs, figure
 
 
-@pytest.mark.parametrize("machine", ["h100", "xeon"])
+@pytest.mark.parametrize("machine", ["h100", "xeon", "epyc"])
 def test_how_many_times_as_fast_the_four_runs_are(machine):
     usual = ours = 0.0
     for row in rows(RESULTS / machine / "benchmark.csv"):
