@@ -36,6 +36,7 @@ READ = " ".join(sorted(ENDINGS))
 # What Jupyter, macOS, Windows and network drives leave, beside all that begins with a dot.
 SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"}
 SYSTEM |= {"system volume information", "#recycle", "@recycle"}
+SMALL_BYTES = 20_000  # of a file that is not worth a thread's while
 NAMED = 10  # of many pictures or folders, how many a message names
 FLAT = 8  # levels of 256 between a picture's darkest and brightest value: nothing to be seen
 DARK = 16  # levels of 256: 12 bits saved in a file of 16 stay below, and look black
@@ -235,8 +236,12 @@ def decode(files: list[Path], size: Sequence[int]) -> np.ndarray:
         if transparent:
             say_once("transparent pictures are put on white")
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
-        read = progress(pool.map(decode_one, range(len(files))), "reading pictures", len(files))
+    # Pillow decodes outside the interpreter lock, so threads help with photographs. Small files are
+    # read faster one by one: 11,000 of CIFAR's in 2.4 s in place of 4.0 (2 cores).
+    some = [os.path.getsize(file) for file in files[:100] if os.path.isfile(file)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        each = pool.map if sum(some) > len(some) * SMALL_BYTES else map
+        read = progress(each(decode_one, range(len(files))), "reading pictures", len(files))
         broken = [error for error in read if error]
     if broken:
         more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""

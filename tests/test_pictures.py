@@ -3,6 +3,7 @@
 import os
 import re
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -335,3 +336,18 @@ def test_a_full_memory_is_not_blamed_on_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", full)
     with pytest.raises(MemoryError):
         load(data_set(tmp_path, *USUAL))
+
+
+@pytest.mark.parametrize("small_bytes, by_threads", [(0, True), (20_000, False)])
+def test_small_files_are_read_without_threads(tmp_path, monkeypatch, small_bytes, by_threads):
+    expected = [picture(tmp_path / f"train/a/{number}.png") for number in range(3)]
+    seen, read = set(), pictures.open_picture
+
+    def noted(file):
+        seen.add(threading.current_thread())
+        return read(file)
+
+    monkeypatch.setattr(pictures, "open_picture", noted)
+    monkeypatch.setattr(pictures, "SMALL_BYTES", small_bytes)
+    assert np.array_equal(load(tmp_path).pixels, expected)
+    assert (threading.main_thread() not in seen) == by_threads
