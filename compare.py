@@ -34,8 +34,6 @@ def main(argv: list[str] | None = None) -> None:
         try:
             checkpoint = read_checkpoint(path)
             row = summary_row(path, checkpoint, checkpoint["scores"])
-            if "val_correct" in checkpoint:
-                row["val_images"] = len(checkpoint["val_correct"])
             print_row(row, header=not runs or row.keys() != runs[-1][0].keys())
             runs.append((row, checkpoint))
         except UserError as error:  # the others are compared all the same

@@ -19,7 +19,7 @@ from torch import nn
 
 from data import UserError
 from plumbing import distributed, report
-from plumbing.datasets import Splits
+from plumbing.distributed import Splits
 from plumbing.files import locked, remove_leftovers, writable, write_rows, write_tensors
 from plumbing.machine import device_name
 from plumbing.settings import Settings, changed_names, in_words

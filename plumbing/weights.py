@@ -59,7 +59,10 @@ def summary_row(path: str | Path, checkpoint: dict, scores: dict[str, float]) ->
     row |= {"test_images": len(checkpoint["test_correct"]), "train_loss": last["train_loss"]}
     row |= scores | {"trainable_parameters": metadata["trainable_parameters"]}
     row |= {"seconds": checkpoint["seconds"]}
-    return row | {name: metadata[name] for name in ("device", "torch")}
+    row |= {name: metadata[name] for name in ("device", "torch")}
+    if "val_accuracy" in scores:
+        row["val_images"] = len(checkpoint["val_correct"])
+    return row
 
 
 class Trained(NamedTuple):

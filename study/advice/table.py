@@ -7,10 +7,9 @@ The error counts the choice of test pictures, and how far both runs wander over 
 """
 
 import statistics
-from pathlib import Path
 
-from plumbing.cli import Parser, command, output, paths
-from plumbing.files import write_rows
+from plumbing.cli import Parser, command, paths
+from plumbing.files import writable, write_rows
 from plumbing.verdict import difference, likelihood, wander
 from plumbing.weights import read_checkpoint
 
@@ -42,7 +41,7 @@ def compared(run: dict, published: dict) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
-    parser.add_argument("--csv", type=output, default=Path("advice.csv"), metavar="FILE")
+    parser.add_argument("--csv", type=writable, default="advice.csv", metavar="FILE")
     args = parser.parse_args(argv)
     runs = [(key(saved), saved) for saved in map(read_checkpoint, paths(args.checkpoints))]
     published = {(strategy, seed): saved for (strategy, seed, tag), saved in runs if not tag}
