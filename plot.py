@@ -7,13 +7,11 @@ Reads summary.csv (compare.py --csv), every run's history.csv, and what
 evaluate.py --per-class has written: confusion matrices and mistakes.
 """
 
-import contextlib
 import csv
 import itertools
 import os
 import textwrap
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook leaves another name here
@@ -35,6 +33,9 @@ KIND = ("dataset", "model", "weights", "precision", "split")
 SIZES = ("train_images", "image_size", "batch_size")
 NUMBERS = (*SIZES, "epochs", "seed", "test_images")
 LARGEST_MATRIX = 20  # classes whose counts are legible
+# Chinese, Japanese and Korean letters come from the first of these that is installed and has them.
+FONTS = ["Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "PingFang SC", "Yu Gothic"]
+FONTS += ["Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS"]
 STUDY = Path(__file__).parent / "study/results/h100"
 
 
@@ -90,27 +91,6 @@ def by(runs: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     for run in runs:
         groups.setdefault(tuple(run[key] for key in keys), []).append(run)
     return groups
-
-
-def find_fonts(texts: Iterable[str]) -> None:
-    """Takes letters that matplotlib's own font lacks, such as Chinese ones, from the system's."""
-    missing = {ord(letter) for letter in "".join(texts) if letter.isprintable()}
-    missing -= font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap().keys()
-    if not missing:
-        return
-    families = ["DejaVu Sans"]
-    for file in sorted(font_manager.findSystemFonts()):
-        with contextlib.suppress(OSError, RuntimeError):  # a font that matplotlib cannot draw with
-            font = font_manager.get_font(file)
-            if has := missing & font.get_charmap().keys():
-                font_manager.fontManager.addfont(file)
-                families.append(font.family_name)
-                missing -= has
-    matplotlib.rcParams["font.family"] = families
-    if missing:
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # said here, once
-        letters = "".join(map(chr, sorted(missing)[:20]))
-        print(f"no font here has {letters}: a box stands for each (Noto Sans CJK has the most)")
 
 
 def curves(runs: list[dict], title: str) -> "pyplot.Figure":
@@ -206,8 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     runs = read(folder)
     drawings = dict.fromkeys(sorted(folder.glob("*/*.confusion.csv")), confusion)
     drawings |= dict.fromkeys(sorted(folder.glob("*/*.mistakes/mistakes.csv")), mistakes)
-    texts = [file.read_text("utf-8-sig", "replace") for file in drawings]
-    find_fonts([*texts, *(run["dataset"] for run in runs)])
+    installed = [name for name in FONTS if name in font_manager.get_font_names()]
+    matplotlib.rcParams["font.family"] = ["DejaVu Sans", *installed]
     differ = [name for name in KIND if len(by(runs, name)) > 1]
     for kind in by(runs, *KIND).values():
         prefix = "".join(f"{kind[0][name]}-" for name in differ)

@@ -45,8 +45,8 @@ RECIPE = {
     "batch_size": 128,  # the one line that the publication does not state
     "epochs": [10],
 }
-# Or functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=True), or with "rates": {"fc":
-# 0.03, "layer4": 0.01, "layer3": 0.003} above functools.partial(torch.optim.SGD, momentum=0.9)
+# Or functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=True); or, with higher rates in
+# the table, as {"fc": 0.03, "layer4": 0.01}, functools.partial(torch.optim.SGD, momentum=0.9).
 OPTIMIZER = functools.partial(torch.optim.Adam, fused=True)
 # Constant, as published. Or a function of (optimizer, epochs), to change after each epoch, or of
 # (optimizer, steps), to change after each step:

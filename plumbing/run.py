@@ -27,6 +27,9 @@ from plumbing.weights import load_optimizer, read_checkpoint
 
 # Before the next checkpoint that was not asked for: seconds, and times its own writing.
 CHECKPOINT_SECONDS, CHECKPOINT_INTERVAL = 60, 20
+# How settings that are hashes are called.
+OTHERS = {f"{split}_data": f"other {split} pictures" for split in ("train", "val", "test")}
+OTHERS |= {"initial_network": "other initial weights"}
 
 
 class Run:
@@ -87,7 +90,8 @@ class Run:
                 if setting == "code":
                     changed |= changed_names(before, value)
                 elif before != value:
-                    wrong = f"{self.folder / name} was trained with {setting} {before}, not {value}"
+                    other = OTHERS.get(setting, f"{setting} {before}, not {value}")
+                    wrong = f"{self.folder / name} was trained with {other}"
                     choice = f"go on as it began, use another --out, or delete {self.folder}"
                     raise UserError(f"{wrong}: {choice}")
         # A run of an edited recipe is another run, too. To go on would mix the two. To begin anew

@@ -180,20 +180,10 @@ def test_the_study_s_figures_are_those_of_its_histories(folder):
     plot.curves(runs[:1], "a title")
 
 
-def test_letters_of_all_languages_are_drawn_with_a_font_that_has_them(
-    tmp_path, capsys, monkeypatch, recwarn
-):
-    one, dog = "\u1d81", "\u72ac"  # STIXGeneral has the first one, DejaVu Sans neither
-    (tmp_path / "none.ttf").write_bytes(b"no font")
-    fonts = [str(tmp_path / "none.ttf"), plot.font_manager.findfont("STIXGeneral")]
-    monkeypatch.setattr(plot.font_manager, "findSystemFonts", lambda: fonts)
+@pytest.mark.filterwarnings("error:Glyph")
+def test_letters_that_matplotlib_s_font_lacks_are_taken_from_another(study, monkeypatch):
+    study.add("fc", 2, learning_rates="\u1d81=1")  # which STIXGeneral has, and DejaVu Sans has not
+    monkeypatch.setattr(plot, "FONTS", ["None Such", "STIXGeneral"])
     with plot.matplotlib.rc_context():
-        plot.find_fonts(["caf\u00e9", one])
-        assert capsys.readouterr().out == ""
+        plot.main([str(study.folder)])
         assert plot.matplotlib.rcParams["font.family"] == ["DejaVu Sans", "STIXGeneral"]
-        plot.find_fonts([one, dog])
-        assert capsys.readouterr().out.startswith(f"no font here has {dog}: ")
-        figure = plot.pyplot.figure()
-        figure.text(0.5, 0.5, one + dog)
-        plot.save(tmp_path / "a.png", lambda: figure)
-    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

@@ -291,12 +291,12 @@ def test_another_run_of_the_same_name_is_not_resumed_nor_replaced(part, capsys, 
     pixels, classes = test_images.pixels.clone(), ("other", *train_images.classes[1:])
     pixels[-1, -1, -1, -1] ^= 1
     rows = [
-        ("test_data", other_pictures("test", pixels=pixels)),
-        ("train_data", other_pictures("train", pixels=train_images.pixels ^ 1)),
-        ("test_data", other_pictures("test", labels=test_images.labels.roll(1))),
+        ("other test pictures", other_pictures("test", pixels=pixels)),
+        ("other train pictures", other_pictures("train", pixels=train_images.pixels ^ 1)),
+        ("other test pictures", other_pictures("test", labels=test_images.labels.roll(1))),
         ("classes", other_pictures("train", classes=classes)),
         ("learning_rates fc=0.001, not fc=0.003", None),
-        ("initial_network", None),
+        ("other initial weights", None),
     ]
     for culprit, pictures in rows:
         with monkeypatch.context() as patch:
@@ -304,7 +304,7 @@ def test_another_run_of_the_same_name_is_not_resumed_nor_replaced(part, capsys, 
                 patch.setattr(datasets, "synthetic", pictures)
             if "rates" in culprit:
                 patch.setitem(freeze.LEARNING_RATES, "fc", 3e-3)
-            if culprit == "initial_network":
+            if culprit == "other initial weights":
                 patch.setattr(
                     freeze, "build", lambda model, classes, *_: build(model, classes, seed=9)
                 )

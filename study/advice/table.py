@@ -8,6 +8,7 @@ The error counts the choice of test pictures, and how far both runs wander over 
 
 import statistics
 
+from data import UserError
 from plumbing.cli import Parser, command, paths
 from plumbing.files import writable, write_rows
 from plumbing.verdict import difference, likelihood, wander
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     published = {(strategy, seed): saved for (strategy, seed, tag), saved in runs if not tag}
     rows = []
     for (strategy, seed, tag), saved in runs:
+        if tag and (strategy, seed) not in published:
+            raise UserError(f"{strategy} {tag}, seed {seed}: its run without a tag is missing")
         if tag:
             rows.append(compared(saved, published[strategy, seed]))
     print("| learns | change | seed | points over the published recipe | |")
