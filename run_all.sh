@@ -114,9 +114,10 @@ log() (
 if [ ! "${GPUS+set}" ] && [ ! "$demo" ] && [[ " ${extra[*]-} " != *" --device"* ]]; then
     gpu=${CUDA_VISIBLE_DEVICES-0} gpu=${gpu%%,*} # none, if it is set to nothing
     ask="--query-gpu=memory.free --format=csv,noheader,nounits"
+    export CUDA_DEVICE_ORDER=PCI_BUS_ID # as nvidia-smi counts them
     # shellcheck disable=SC2086
     free=$(nvidia-smi -i "$gpu" $ask 2>/dev/null) || free=0
-    if [ "$free" -ge 40000 ]; then # MB
+    if [[ $free =~ ^[0-9]+$ ]] && [ "$free" -ge 50000 ]; then # MB
         GPUS="$gpu $gpu"
         echo "two runs at a time, for which GPU $gpu has room (one at a time: GPUS=$gpu)"
     fi

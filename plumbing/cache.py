@@ -27,7 +27,9 @@ from plumbing.settings import Settings
 
 PLACES = ("auto", "device", "host", "disk", "off")
 WORDS = {"device": "in device memory", "host": "in host memory", "disk": "in a file"}
-FREE_BYTES = 2 * 2**30  # left for training beside the features: 128 pictures of 224x224 a step
+# Left for training beside the features: this for 128 pictures of 224x224 a step, or so many times
+# the features of a batch, of which ResNet50 with layer3 takes 35 (counted, not measured).
+FREE_BYTES, FREE_BATCHES = 2 * 2**30, 50
 FREE_DISK_BYTES = 2**28  # left for checkpoints
 
 
@@ -45,7 +47,7 @@ def keep(
     pieces = {name: [] for name in inputs}
     for place in usable_places(wanted, device):
         need = bytes_left(inputs, left)
-        free, spare = free_memory(place, device, folder), spare_bytes(place, settings)
+        free, spare = free_memory(place, device, folder), spare_bytes(place, inputs, settings)
         room = need if free is None else max(free - spare, 0)
         if wanted != "auto" and need > room:
             asked = f"--cache {wanted}: {need / 1e9:.2f} GB of features"
@@ -84,12 +86,13 @@ def usable_places(wanted: str, device: torch.device) -> list[str]:
     return ["device", "host"] if device.type == "cuda" else ["host", "disk"]
 
 
-def spare_bytes(place: str, settings: Settings) -> int:
-    """What is to be left free. A step of larger pictures or batches needs more than the usual."""
+def spare_bytes(place: str, inputs: dict[str, Features], settings: Settings) -> int:
+    """What is to be left free. A step of larger pictures, batches or networks needs more."""
     if place == "disk":
         return FREE_DISK_BYTES
     step = settings.batch_size / 128 * (settings.image_size / 224) ** 2
-    return int(FREE_BYTES * max(1, step))
+    batch = settings.batch_size * max(map(image_bytes, inputs.values()))
+    return max(FREE_BYTES, int(FREE_BYTES * step), FREE_BATCHES * batch)
 
 
 def fill_place(

@@ -84,14 +84,14 @@ class CudaGraphStep:
 
     def notice_changes(self) -> None:
         """Drops a record that no longer does what the step would do."""
-        depends_on = self.state()
-        if depends_on == self.depends_on:
+        if self.state() == self.depends_on:
             return
         if self.depends_on is not None and self.replays < STEPS_TO_PAY:
             self.wasted_records += 1
             if self.wasted_records == 3:
                 self.give_up("what it depends on, such as a rate, changes too often")
-        self.depends_on, self.graph, self.warm_steps, self.replays = depends_on, None, 0, 0
+        self.rate_tensors, self.rates = make_capturable(self.optimizer), None  # of new groups too
+        self.depends_on, self.graph, self.warm_steps, self.replays = self.state(), None, 0, 0
 
     def state(self) -> tuple:
         """All that a record depends on and that may change between two steps."""

@@ -14,11 +14,11 @@ import data
 from data import UserError
 from features import Features
 from plumbing import cache, datasets
-from plumbing.cache import FREE_BYTES, FREE_DISK_BYTES
+from plumbing.cache import FREE_BATCHES, FREE_BYTES, FREE_DISK_BYTES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-GB, MB = 10**9, 10**6
-USUAL = SimpleNamespace(image_size=224, batch_size=128)
+GB, MB = 10**9, 10**6  # Fake's 1 MB of features an image takes batches that are not too large
+USUAL = SimpleNamespace(image_size=224, batch_size=32)
 
 
 def features_of(count: int, dtype=torch.float32, mirrored: bool = True) -> Features:
@@ -135,9 +135,15 @@ def test_a_place_that_was_asked_for_and_is_too_small_is_refused(monkeypatch, wan
         keep({"train": Fake(10_000)}, wanted)
 
 
-def test_larger_pictures_and_batches_leave_more_room(monkeypatch):
-    free(monkeypatch, host=10 * GB + 8 * FREE_BYTES - 1, disk=0)
-    settings = SimpleNamespace(image_size=448, batch_size=256)
+@pytest.mark.parametrize(
+    "image_size, batch_size, spare",
+    [(448, 256, 8 * FREE_BYTES), (32, 128, 128 * FREE_BATCHES * MB)],
+)
+def test_larger_pictures_batches_and_features_leave_more_room(
+    monkeypatch, image_size, batch_size, spare
+):
+    free(monkeypatch, host=10 * GB + spare - 1, disk=0)
+    settings = SimpleNamespace(image_size=image_size, batch_size=batch_size)
     kept = keep({"train": Fake(10_000)}, settings=settings)["train"]
     assert places(kept) == {"host": 9_999, "off": 1}
 

@@ -106,6 +106,15 @@ def test_every_batch_counts_once_and_is_recorded_once(recorder):
     assert step.inputs[0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_group_that_is_added_later_is_recorded_with_a_rate_of_its_own(recorder):
+    step = recorder.make()
+    recorder.run(graph.WARM_UP_STEPS + 2)
+    recorder.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.3})
+    assert recorder.run(graph.WARM_UP_STEPS + 2) == ANEW
+    assert [rate.item() for rate in step.rate_tensors] == pytest.approx([0.1, 0.3])
+    assert recorder.optimizer.param_groups[1]["capturable"]
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of")
 def test_a_rate_that_changes_is_taken_without_a_new_record(recorder):
     """Adam reads it from the device; a scheduler sees plain numbers."""

@@ -49,3 +49,21 @@ def test_after_the_first_epoch_it_says_how_long_the_others_take(capsys, seconds,
     report.print_time_left(seconds)
     out = capsys.readouterr().out
     assert text in out and ("--train-size" in out) == (seconds >= 3600)
+
+
+@pytest.mark.parametrize(
+    "device, image_size, batch_size, expected",
+    [
+        ("cpu", 224, 128, 128),
+        ("cuda", 224, 128, 1000),
+        ("cuda", 448, 128, 256),
+        ("cuda", 224, 16, 128),
+    ],
+)
+def test_a_gpu_tests_larger_batches_but_not_of_larger_pictures(
+    device, image_size, batch_size, expected
+):
+    settings = SimpleNamespace(image_size=image_size, batch_size=batch_size)
+    assert report.test_batch(11_000, settings, torch.device(device)) == pytest.approx(
+        expected, 0.01
+    )
