@@ -206,9 +206,10 @@ def size_in_memory(files: list[Path], image_size: int) -> tuple[int, int]:
     for file in progress(files, "looking at pictures"):
         with contextlib.suppress(Exception), Image.open(file) as image:  # decode names broken ones
             width, height = image.size
-            on_its_side = image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
-            if on_its_side and image.format != "TIFF":  # which Pillow turns as it opens it
-                width, height = height, width
+            with contextlib.suppress(Exception):  # broken metadata makes no broken picture
+                orientation = image.getexif().get(ExifTags.Base.Orientation)
+                if orientation in range(5, 9) and image.format != "TIFF":  # Pillow turns that one
+                    width, height = height, width
             if max(height, width) > image_size or shared not in (None, (height, width)):
                 return image_size, image_size
             shared = height, width

@@ -125,7 +125,7 @@ def settings_of(
 def name_of_weights(weights: str) -> str:
     """In a run's name: imagenet, none, the file's name, or of a checkpoint the run's and it."""
     path = Path(weights)
-    if (path.parent / "history.csv").exists():
+    if path.is_absolute() and (path.parent / "history.csv").exists():  # imagenet is no path
         return f"{path.parent.name}-{path.stem}"
     return path.stem
 

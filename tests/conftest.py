@@ -22,7 +22,7 @@ import data
 import features
 import freeze
 import train
-from plumbing import cli, datasets, machine, settings
+from plumbing import cli, datasets, machine, pictures, settings
 from plumbing import run as runs
 from plumbing.cli import command
 
@@ -47,6 +47,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
 
 
+def slow(*values):
+    """A row of a parametrized test that runs with --slow alone."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def what_is_the_same_in_all_runs():
     """Is made once: the drawn pictures, 60 of 500 to test on, and the hashes of the recipe."""
@@ -64,8 +69,9 @@ def what_is_the_same_in_all_runs():
 
 
 @pytest.fixture(autouse=True)
-def no_line_a_minute(monkeypatch):
-    """A slow machine prints how far it is once a minute, between the lines that tests read."""
+def as_in_a_new_process(monkeypatch):
+    """What is said once is said anew, and no test is so slow that it prints how far it is."""
+    pictures.say_once.cache_clear()
     monkeypatch.setattr(cli, "last_shown", math.inf)
 
 

@@ -27,9 +27,8 @@ def test_an_edit_still_finds_its_lines(edit):
 def test_every_change_is_run_beside_the_published_recipe(tmp_path, capsys):
     flags = [*SMALL, "--image-size", "32", "--epochs", "6"]
     environment = os.environ | {"OUT": str(tmp_path), "STAGES": "layer4"}
-    subprocess.run(
-        ["bash", ROOT / "study/advice/run.sh", *flags], env=environment, check=True, text=True
-    )
+    words = ["bash", ROOT / "study/advice/run.sh", *flags]
+    subprocess.run(words, env=environment, check=True)
     runs = [str(file) for file in sorted(tmp_path.glob("*/epoch6.pt"))]
     table.main([*runs, "--csv", str(tmp_path / "advice.csv")])
     lines = [line for line in capsys.readouterr().out.splitlines() if "fc+layer4" in line]

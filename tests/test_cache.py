@@ -1,10 +1,9 @@
 """Where the features are kept."""
 
-import copy
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -35,25 +34,14 @@ def free(monkeypatch, **amounts) -> None:
     monkeypatch.setattr(cache, "free_memory", lambda place, *_: amounts[place])
 
 
-def test_what_is_in_a_file_is_what_was_computed_and_the_file_is_gone(tmp_path):
-    in_memory = features_of(4, torch.bfloat16)
-    kept = keep({"train": copy.copy(in_memory)}, "disk", folder=tmp_path / "new")["train"]
-    assert sys.platform == "win32" or not os.listdir(tmp_path / "new")
-    in_memory.fill(CPU)
-    assert torch.equal(kept.store, in_memory.store) and kept.store.dtype == torch.bfloat16
-
-
-def test_a_fill_that_is_interrupted_leaves_no_file_and_a_full_disk_is_given_up(
-    tmp_path, monkeypatch, capsys
-):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
+def test_an_interrupted_fill_leaves_no_file_and_a_full_disk_is_left(tmp_path, monkeypatch, capsys):
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     inputs = {"train": features_of(4)}
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Features, "compute", lambda *_: 1 / 0)
-        keep(inputs, "disk", folder=tmp_path)
-    assert not os.listdir(tmp_path)
+    for error in (RuntimeError("mat1 and mat2 shapes"), FileNotFoundError(2, "No such file")):
+        with monkeypatch.context() as patch, pytest.raises(type(error)):
+            patch.setattr(Features, "compute", Mock(side_effect=error))
+            keep(inputs, "disk", folder=tmp_path)
+        assert not os.listdir(tmp_path)
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     assert keep(inputs, "disk", folder=tmp_path)["train"].store is None
     assert "it does not fit in a file after all" in capsys.readouterr().out
@@ -101,9 +89,7 @@ SOME = {"device": 1000, "host": 4000, "off": 3000}
         (None, None, {"device": 8000}, {"device": 2000}),
     ],
 )
-def test_test_pictures_first_the_device_first_and_the_rest_elsewhere(
-    monkeypatch, capsys, device, host, train, test
-):
+def test_test_pictures_and_the_device_come_first(monkeypatch, capsys, device, host, train, test):
     free(monkeypatch, device=device, host=host)
     kept = keep({"train": Fake(8000), "test": Fake(2000)}, device=CUDA)
     assert places(kept["train"]) == train and places(kept["test"]) == test
@@ -114,18 +100,20 @@ def test_test_pictures_first_the_device_first_and_the_rest_elsewhere(
 
 def test_a_split_cache_gives_what_a_whole_one_gives(monkeypatch, tmp_path):
     """On a CPU the host and a file; a disk is slower than a GPU computes, faster than a CPU."""
-    inputs = {"train": features_of(20), "test": features_of(4, mirrored=False)}
+    dtype, folder = torch.bfloat16, tmp_path / "new"
+    inputs = {"train": features_of(20, dtype), "test": features_of(4, dtype, mirrored=False)}
     one = inputs["test"].bytes // 4
     free(monkeypatch, host=FREE_BYTES + 4 * one + 10 * 2 * one, disk=FREE_DISK_BYTES + 6 * 2 * one)
-    kept = keep(inputs, folder=tmp_path)
+    kept = keep(inputs, folder=folder)
+    assert not os.listdir(folder)  # the file has no name any more
     assert [len(part) for part in kept["train"].pieces] == [10, 6, 4]
     assert [part.store is None for part in kept["train"].pieces] == [False, False, True]
     assert len(kept["test"].store) == 4
-    whole = features_of(20)
+    whole = features_of(20, dtype)
     whole.fill(CPU)
     for given in (data.epoch_order(20, 0, 1), ()):
         for ours, expected in zip(kept["train"].batches(8, *given), whole.batches(8, *given)):
-            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("wanted, word", [("host", "in host memory"), ("disk", "in a file")])
@@ -136,14 +124,11 @@ def test_a_place_that_was_asked_for_and_is_too_small_is_refused(monkeypatch, wan
 
 
 @pytest.mark.parametrize(
-    "image_size, batch_size, spare",
-    [(448, 256, 8 * FREE_BYTES), (32, 128, 128 * FREE_BATCHES * MB)],
+    "size, batch, spare", [(448, 256, 8 * FREE_BYTES), (32, 128, 128 * FREE_BATCHES * MB)]
 )
-def test_larger_pictures_batches_and_features_leave_more_room(
-    monkeypatch, image_size, batch_size, spare
-):
+def test_larger_pictures_batches_and_features_leave_more_room(monkeypatch, size, batch, spare):
     free(monkeypatch, host=10 * GB + spare - 1, disk=0)
-    settings = SimpleNamespace(image_size=image_size, batch_size=batch_size)
+    settings = SimpleNamespace(image_size=size, batch_size=batch)
     kept = keep({"train": Fake(10_000)}, settings=settings)["train"]
     assert places(kept) == {"host": 9_999, "off": 1}
 

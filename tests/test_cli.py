@@ -64,7 +64,9 @@ FULL_DISK = OSError(28, "No space left on device")
         (PermissionError(13, "not allowed", "a.pt"), 2, "error: cannot open a.pt (not allowed)"),
         (FULL_DISK, 1, "error: [Errno 28] No space left on device"),
         (MemoryError(), 1, "error: the memory is full: lower it"),
-        (OSError(5, "Input/output error"), None, ""),
+        (OSError(5, "Input/output error"), None, ""),  # ours, as the next ones: tracebacks
+        (FileNotFoundError(2, "No such file or directory"), None, ""),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None, ""),
     ],
 )
 def test_what_the_user_can_put_right_has_a_status_and_a_line(error, status, line):

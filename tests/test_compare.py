@@ -9,13 +9,9 @@ import evaluate
 import freeze
 
 
-@pytest.fixture(scope="module")
-def lengths(finished):
-    return [str(finished / "epoch1.pt"), str(finished / "epoch2.pt")]
-
-
-def test_what_was_logged_is_what_is_scored(finished, lengths, tmp_path, monkeypatch, capsys):
+def test_what_was_logged_is_what_is_scored(finished, tmp_path, monkeypatch, capsys):
     """And a damaged checkpoint does not cost the others their rows."""
+    lengths = [str(finished / "epoch1.pt"), str(finished / "epoch2.pt")]
     evaluate.main([*lengths, "--csv", str(tmp_path / "scored.csv")])
     scored_lines = capsys.readouterr().out.splitlines()
     monkeypatch.setattr(freeze, "build", None)  # no network is built, nothing is scored
@@ -35,16 +31,19 @@ def test_what_was_logged_is_what_is_scored(finished, lengths, tmp_path, monkeypa
 
 
 def test_with_validation_pictures_the_images_counted_are_those(finished, tmp_path, capsys):
+    """And a run without is under columns of its own."""
     saved = checkpoint(finished)
     saved["val_correct"] = torch.zeros(200, dtype=torch.bool)
     saved["scores"] |= {"val_loss": 3.0, "val_accuracy": 0.25}
     torch.save(saved, tmp_path / "epoch2.pt")
-    compare.main([str(tmp_path / "epoch2.pt"), "--csv", str(tmp_path / "summary.csv")])
-    (row,) = rows(tmp_path / "summary.csv")
-    header, line = capsys.readouterr().out.splitlines()
-    assert header.split()[2:4] == ["val", "loss"]
+    files = str(tmp_path / "epoch2.pt"), str(finished / "epoch1.pt")
+    compare.main([*files, "--csv", str(tmp_path / "summary.csv")])
+    row, other = rows(tmp_path / "summary.csv")
+    header, line, other_header, *_ = capsys.readouterr().out.splitlines()
+    assert header.split()[2:4] == ["val", "loss"] and other_header.split()[2:4] == ["test", "loss"]
     assert line.split()[1:4] == ["3.0000", "25.00%", "200"]
     assert (row["val_images"], row["test_images"]) == ("200", "60")
+    assert other["val_accuracy"] == "" and 0 <= float(other["test_accuracy"]) <= 1
 
 
 def test_runs_are_compared_image_by_image(finished, tmp_path, capsys):
@@ -69,19 +68,17 @@ def test_runs_are_compared_image_by_image(finished, tmp_path, capsys):
     assert int(row["only_run_right"]) == (one > other).sum()
     assert int(row["only_other_right"]) == (other > one).sum()
     assert (row["epochs"], row["other_epochs"], row["test_images"]) == ("2", "2", "60")
-    printed, figures = (
-        capsys.readouterr().out,
-        f"{100 * difference:+.2f} ± {100 * error:.2f} points",
-    )
+    figures = f"{100 * difference:+.2f} ± {100 * error:.2f} points"
+    printed = capsys.readouterr().out
     assert printed.count(f"  {figures}; of 60 images") == 1
     assert f"fc+layer4 over fc: {figures}" in printed
 
 
-def test_runs_on_other_test_images_are_not_compared(finished, lengths, tmp_path, capsys):
+def test_runs_on_other_test_images_are_not_compared(finished, tmp_path, capsys):
     other = checkpoint(finished)
     other["settings"]["test_data"] = "another"
     torch.save(other, tmp_path / "other.pt")
-    files = [lengths[1], str(tmp_path / "other.pt")]
+    files = [str(finished / "epoch2.pt"), str(tmp_path / "other.pt")]
     tables = ["--csv", tmp_path / "summary.csv", "--paired", tmp_path / "paired.csv"]
     assert "--paired" in complaint(compare.main, [*files, *tables], capsys)
     assert not (tmp_path / "paired.csv").exists()

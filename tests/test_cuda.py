@@ -2,7 +2,6 @@
 
 import functools
 
-import numpy as np
 import pytest
 import torch
 from conftest import checkpoint, history, rows
@@ -14,7 +13,7 @@ import evaluate
 import features
 import freeze
 import train
-from plumbing import cache, datasets, machine
+from plumbing import cache, machine
 from plumbing.graph import CudaGraphStep
 
 pytestmark = pytest.mark.cuda
@@ -22,21 +21,14 @@ LOSSES = ("train_loss", "test_loss")
 CUDA = ("--device", "cuda", "--unfreeze", "layer4")
 
 
-def test_the_transform_is_the_cpu_s():
-    pixels = datasets.synthetic("test").pixels
-    flips = torch.arange(len(pixels)) % 2 == 0
-    on_device = data.transform(pixels.cuda(), 224, flips=flips.cuda()).cpu()
-    expected = data.transform(pixels, 224, flips=flips)
-    torch.testing.assert_close(on_device, expected, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("size", [28, 56, 112])
-def test_the_transform_rounds_as_pil_does_from_any_size(size):
+@pytest.mark.parametrize("size, wrong", [(32, 0), (28, 1e-3), (56, 1e-3), (112, 1e-3)])
+def test_the_transform_is_the_cpu_s(size, wrong):
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (8, size, size, 3), dtype=torch.uint8, generator=generator)
-    on_device = data.transform(pixels.cuda(), 224).cpu()
-    wrong = (on_device - data.transform(pixels, 224)).abs() > 1e-4
-    assert wrong.float().mean() < 1e-3
+    pixels = torch.randint(256, (8, size, size, 3), dtype=torch.uint8, generator=generator)
+    flips = torch.arange(8) % 2 == 0
+    on_device = data.transform(pixels.cuda(), 224, flips=flips.cuda()).cpu()
+    difference = (on_device - data.transform(pixels, 224, flips=flips)).abs()
+    assert (difference > 1e-4).float().mean() <= wrong
 
 
 @pytest.mark.parametrize("unfreeze", [["layer4"], []])
@@ -101,11 +93,9 @@ def test_a_replayed_run_is_the_ordinary_run(run, monkeypatch, schedule, precisio
     torch.testing.assert_close(history(replayed, *LOSSES), expected, rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize(
-    "first, second, tolerance",
-    [("cuda", "cuda", 1e-2), ("cpu", "cuda", 5e-2), ("cuda", "cpu", 5e-2)],
-)
-def test_a_run_goes_on_on_its_device_and_on_another(run, tmp_path, first, second, tolerance):
+@pytest.mark.parametrize("first, second", [("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_run_goes_on_on_its_device_and_on_another(run, tmp_path, first, second):
+    tolerance = 1e-2 if first == second else 5e-2
     flags = ["--unfreeze", "layer4", "--precision", "fp32"]
     out = ["--out", str(tmp_path / "out")]
     run(*flags, *out, "--device", first, "--epochs", "2")
@@ -181,18 +171,8 @@ def test_a_recorded_step_is_an_ordinary_one_step_by_step(optimizer, precision, m
         torch.testing.assert_close(*losses, rtol=2e-2, atol=2e-2)
         states = [learner.tail.state_dict() for learner in both]
         torch.testing.assert_close(*states, rtol=2e-2, atol=2e-3)
+    assert (both[0].step.graph is None) == bool(both[0].said)  # who is not recorded says why
     assert torch.ones(1, device="cuda").item() == 1  # the device is as usable as before
-
-
-def test_a_rate_of_zero_after_recording_moves_nothing():
-    learner = Learner(OPTIMIZERS["fused Adam"], "fp32", record=True)
-    before = learner.warm_up()
-    assert learner.step.graph is not None and not learner.said
-    for group in learner.optimizer.param_groups:
-        group["lr"] = 0.0
-    learner(9)
-    assert learner.step.graph is not None
-    assert all(map(torch.equal, before, learner.tail.parameters()))
 
 
 def test_an_overflow_in_a_replay_moves_nothing_and_halves_the_scale():
@@ -211,26 +191,10 @@ def test_sgd_in_fp16_is_not_recorded_and_that_is_said():
     assert learner.step.graph is None and "it waits for the device" in learner.said[0]
 
 
-def test_mixup_with_numpy_is_not_recorded_and_that_is_said():
-    learner = Learner(OPTIMIZERS["fused Adam"], "fp32", record=False)
-    step, said = learner.step, []
-
-    def mixed(x, y):
-        share = np.random.beta(0.2, 0.2)
-        return step(share * x + (1 - share) * x.flip(0), y)
-
-    learner.step = CudaGraphStep(mixed, learner.tail, learner.optimizer, said.append)
-    learner.warm_up()
-    assert learner.step.graph is None and "random numbers on the CPU" in said[0]
-
-
 def test_augmented_pictures_train_on_the_device(run, monkeypatch):
     monkeypatch.setattr(train, "AUGMENT", data.random_crop)
     one, two = (history(run(*CUDA, "--precision", "fp32"), *LOSSES) for _ in range(2))
     torch.testing.assert_close(one, two, rtol=1e-2, atol=0)
-
-
-# ---------------------------------------------------------------- features
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 256, 257])

@@ -108,11 +108,9 @@ def little_cifar(monkeypatch) -> list[bytes]:
     ten = {f"data_batch_{i}": {"data": planes(i), "labels": [0, 1, 2, 3]} for i in range(1, 6)}
     ten["test_batch"] = {"data": planes(6), "labels": [3, 2, 1, 0]}
     ten["batches.meta"] = {"label_names": list("abcdefghij")}
-    hundred = {
-        "train": {"data": planes(7), "fine_labels": [9, 8, 7, 6]},
-        "test": {"data": planes(8), "fine_labels": [1, 1, 1, 1]},
-        "meta": {"fine_label_names": [f"class{i}" for i in range(100)]},
-    }
+    hundred = {"meta": {"fine_label_names": [f"class{i}" for i in range(100)]}}
+    for number, split in ((7, "train"), (8, "test")):
+        hundred[split] = {"data": planes(number), "fine_labels": [9, 8, 7, 6]}
     archives = []
     for dataset, files in ((CIFAR10, ten), (CIFAR100, hundred)):
         archive, lists = io.BytesIO(), {"train": [], "test": []}

@@ -19,9 +19,6 @@ from plumbing import distributed
 COLUMNS = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
 
-# ---------------------------------------------------------------- who has which images
-
-
 @pytest.fixture
 def two(monkeypatch):
     """two(rank): be that one of two ranks."""
@@ -31,17 +28,6 @@ def two(monkeypatch):
         monkeypatch.setattr(distributed, "world_size", lambda: 2)
 
     return be
-
-
-def test_one_process_is_left_as_it_is():
-    order, flips = torch.randperm(7), torch.rand(7) < 0.5
-    same = distributed.local_epoch(order, flips, 3)
-    assert same[0] is order and same[1] is flips and same[2] == 3
-    tail, values = nn.Linear(2, 2), {"train_loss": 0.5}
-    assert distributed.local_rows(order) is order and distributed.ddp(tail) is tail
-    assert distributed.all_reduce_mean(values, 3) is values
-    assert distributed.all_gather(order, 7) is order and distributed.broadcast(values) is values
-    assert distributed.init("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("images", [2, 5, 12, 13, 24, 25, 27])
@@ -82,9 +68,6 @@ def test_fewer_images_than_ranks_are_refused(monkeypatch, run):
     monkeypatch.setattr(distributed, "world_size", lambda: 61)
     with pytest.raises(UserError, match="60 images are too few for 61 processes"):
         run()
-
-
-# ---------------------------------------------------------------- what they compute
 
 
 def setup() -> tuple[torch.Tensor, torch.Tensor, nn.Module, torch.optim.Optimizer]:
@@ -154,9 +137,6 @@ def test_two_ranks_learn_what_one_process_learns_from_both_batches(tmp_path):
         torch.testing.assert_close(logits, tail(x).detach(), rtol=0, atol=1e-12)
 
 
-# ---------------------------------------------------------------- a run
-
-
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WORDS = [*SMALL, "--image-size", "32", "--train-size", "61", "--batch-size", "10"]
 WORDS += ["--unfreeze", "layer4"]
@@ -195,14 +175,10 @@ def test_a_rank_that_dies_ends_the_others(tmp_path):
     (tmp_path / "dies.py").write_text(
         "import os, sys, train\n"
         "from plumbing import distributed\n"
-        "from plumbing.cli import command\n"
-        "mean = distributed.all_reduce_mean\n"
-        "def dies(*given):\n"
-        "    if distributed.rank() == 1:\n"
-        "        os.kill(os.getpid(), 9)\n"
-        "    return mean(*given)\n"
-        "distributed.all_reduce_mean = dies\n"
-        "command(lambda: train.main(sys.argv[1:]), '', '')\n"
+        "score = train.score_epoch\n"
+        "dies = lambda *given: distributed.rank() and os.kill(os.getpid(), 9) or score(*given)\n"
+        "train.score_epoch = dies\n"
+        "train.main(sys.argv[1:])\n"
     )
     done = torchrun(str(tmp_path / "dies.py"), *WORDS, "--out", str(tmp_path))
     assert done.returncode != 0 and "Signal 9" in done.stderr

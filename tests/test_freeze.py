@@ -4,16 +4,13 @@ import functools
 
 import pytest
 import torch
+from conftest import slow
 from torch import nn
 from torchvision.models import resnet18
 
 import freeze
 
 STRATEGIES = [["fc"], ["fc", "layer4"], ["fc", "layer4", "layer3"]]
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def count(module: nn.Module) -> int:

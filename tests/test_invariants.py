@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import checkpoint, history
+from conftest import checkpoint, history, slow
 
 import data
 import features
@@ -17,10 +17,6 @@ from study.benchmark import write_pictures
 
 LOSSES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def changed(before: dict, after: dict) -> set[str]:

@@ -51,7 +51,7 @@ def there(
         (0, True, (), "2.4.0", "cpu", "no MPS: this PyTorch .*pytorch/pytorch#175189.*\n"),
     ],
 )
-def test_auto_takes_the_best_device_that_works(
+def test_auto_takes_the_best_there_is(
     capsys, monkeypatch, cards, mps, broken, version, device, says
 ):
     there(monkeypatch, cards, mps, broken, version)

@@ -7,49 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import checkpoint, rows
 from PIL import Image
+from test_pictures import data_set, picture
 
-import data
 import evaluate
 import plot
 import train
-from plumbing import datasets, flags, pictures
+from plumbing import datasets, flags
 from plumbing.files import write_csv
-from plumbing.weights import load_model
 
 LITTLE = ("--weights", "none", "--image-size", "32", "--epochs", "1", "--precision", "fp32")
 LITTLE += ("--device", "cpu", "--dataset", "folder", "--data-dir")
-DRAWN = datasets.synthetic("train")
 NO_TEXT, SPELLED = "a class", "a class"
 if sys.platform == "linux":  # where names of files are bytes
     NO_TEXT, SPELLED = os.fsdecode(b"Caf\xe9"), r"Caf\udce9"
 
 
-@pytest.fixture(autouse=True)
-def said_anew(monkeypatch):
-    """What is said once is said anew in each test, and no test is too slow to be silent."""
-    pictures.say_once.cache_clear()
-    monkeypatch.setattr("plumbing.cli.show_line", lambda *_: None)
-
-
-def picture(file: Path, number: int, size: tuple[int, int] = (32, 32)) -> Path:
-    """Writes one of the drawn pictures."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(DRAWN.pixels[number].numpy()).resize(size).save(file)
-    return file
-
-
 def two_classes(root: Path, *splits: str) -> Path:
     """Six pictures of each of two classes in each split, no two the same."""
-    number = 0
-    for split in splits or ("train", "test"):
-        for label in ("cat", "dog"):
-            for name in range(6):
-                picture(root / split / label / f"{name}.png", number)
-                number += 1
-    return root
+    folders = [f"{split}/{label}" for split in splits for label in ("cat", "dog")]
+    return data_set(root, *[f"{folder}/{name}.png" for folder in folders for name in range(6)])
 
 
 def trained(root: Path, *flags: str) -> Path:
@@ -66,7 +44,7 @@ def load_splits(*words: object) -> datasets.Splits:
 
 def test_what_it_works_on_is_said_before_it_works(tmp_path, capsys):
     root = two_classes(tmp_path / "mine", "Train", "validation")
-    picture(root / "Train" / NO_TEXT / "only.png", 50)
+    picture(root / "Train" / NO_TEXT / "only.png", seed=50)
     sys.stdout.reconfigure(errors="backslashreplace")  # as command() does
     file = trained(root)
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
@@ -95,8 +73,16 @@ def test_validation_pictures_are_a_folder_or_a_share_of_the_training_pictures(tm
     assert splits.hashes.keys() == {"train", "val", "test"}
 
 
+def test_another_test_seed_draws_other_validation_pictures_and_another_seed_does_not():
+    found = []
+    for seed in ([], ["--seed", "1"], ["--test-seed", "1"]):
+        splits = load_splits("--dataset", "synthetic", "--val-share", "0.05", *seed)
+        found.append(splits.hashes["val"])
+    assert found[0] == found[1] != found[2]
+
+
 def test_test_pictures_that_are_training_pictures_get_a_warning(tmp_path, capsys):
-    root = two_classes(tmp_path)
+    root = two_classes(tmp_path, "train", "test")
     load_splits("--dataset", "folder", "--data-dir", root)
     assert "warning" not in capsys.readouterr().out
     for name in ("0", "1", "2"):
@@ -108,12 +94,9 @@ def test_test_pictures_that_are_training_pictures_get_a_warning(tmp_path, capsys
 
 def test_test_pictures_of_another_size_get_that_of_the_training_pictures(tmp_path):
     """A network that learned from 32x32 pictures is not tested on sharp ones."""
-    sharp = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
     for label in ("cat", "dog"):
-        for split, size in (("train", (32, 32)), ("test", (120, 90))):
-            file = tmp_path / split / label / "1.png"
-            file.parent.mkdir(parents=True)
-            Image.fromarray(sharp).resize(size).save(file)
+        picture(tmp_path / f"train/{label}/1.png", (32, 32))
+        sharp = picture(tmp_path / f"test/{label}/1.png", (120, 90))
     splits = load_splits("--dataset", "folder", "--data-dir", tmp_path, "--image-size", "64")
     assert splits.train.pixels.shape == splits.test.pixels.shape == (2, 32, 32, 3)
     small = Image.fromarray(sharp).resize((32, 32), Image.Resampling.BILINEAR)
@@ -124,7 +107,7 @@ def test_test_pictures_of_another_size_get_that_of_the_training_pictures(tmp_pat
 def finished(tmp_path_factory):
     """The checkpoint of a run on little pictures shown at 64, some of them drawn for the test;
     never written beside."""
-    root = two_classes(tmp_path_factory.mktemp("finished") / "mine", "")
+    root = two_classes(tmp_path_factory.mktemp("finished") / "mine", ".")
     return trained(root, "--image-size", "64", "--test-share", "0.34")
 
 
@@ -140,33 +123,10 @@ def test_a_share_for_the_test_is_found_again_by_evaluate(finished, tmp_path):
     assert rows(moved) == [row]
 
 
-def test_photographs_go_down_to_the_training_pictures_size_first(finished, tmp_path, capsys):
-    """As they are read, since 300 of a telephone's would not fit into memory: those of one batch
-    may have several sizes."""
-    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    Image.new("RGB", (900, 700), "gray").save(tmp_path / "b.png")
-    evaluate.main([str(finished), "--image", str(tmp_path / "*.png")])
-    said = capsys.readouterr().out.splitlines()[1]
-    loaded = load_model(torch.load(finished, weights_only=True))
-    answers = []
-    for size in (32, 64):
-        x = data.transform(data.read_picture(tmp_path / "a.png", (size, size)), 64)
-        with torch.no_grad():
-            best = loaded.model.eval()(x).softmax(1)[0].topk(2)
-        likely = [f"{loaded.classes[i]} {p:.1%}" for p, i in zip(best.values, best.indices)]
-        answers.append(f"{tmp_path / 'a.png'}: {', '.join(likely)}")
-    assert said == answers[0] != answers[1]
-
-
-def test_all_pictures_of_a_folder_are_named_but_those_that_cannot_be_read(
-    finished, tmp_path, capsys
-):
+def test_all_pictures_of_a_folder_are_named_that_can_be_read(finished, tmp_path, capsys):
     folder, file = tmp_path / "unlabelled", tmp_path / "predictions.csv"
-    for number in range(130):  # more than a batch
-        picture(folder / f"{number:03}.png", number)
-    picture(folder / "more/deeper.png", 131)
-    picture(folder / ".hidden.png", 132)
+    data_set(folder, *[f"{number:03}.png" for number in range(130)])  # more than a batch
+    data_set(folder, "more/deeper.png", ".hidden.png")
     (folder / "notes.txt").write_text("cats, mostly")
     (folder / "005b.png").write_bytes(b"broken")
     Image.new("F", (9, 9)).save(folder / "f.tif")

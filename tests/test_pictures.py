@@ -3,7 +3,6 @@
 import os
 import re
 import struct
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +46,10 @@ def refused(root: Path, split: str = "train", **more) -> str:
     return str(failure.value)
 
 
-@pytest.fixture(autouse=True)
-def said_anew(monkeypatch):
-    """What is said once is said anew in each test, and no test is too slow to be silent."""
-    pictures.say_once.cache_clear()
-    monkeypatch.setattr(pictures, "progress", lambda items, *_: items)
-
-
-def test_pictures_of_one_small_size_stay_as_they_are_and_in_order(tmp_path):
+@pytest.mark.parametrize("small_bytes", [0, 20_000])  # with threads, and without
+def test_pictures_of_one_small_size_stay_as_they_are(tmp_path, monkeypatch, small_bytes):
+    """And in order."""
+    monkeypatch.setattr(pictures, "SMALL_BYTES", small_bytes)
     names = [f"{label}/{number}.png" for label in ("cat", "dog") for number in range(6)]
     expected = [picture(tmp_path / "train" / name, seed=i) for i, name in enumerate(names)]
     test = picture(tmp_path / "val/dog/1.png", seed=50)
@@ -75,9 +70,7 @@ def test_pictures_of_several_or_large_sizes_are_resized_as_torchvision_does(tmp_
     assert np.array_equal(images.pixels.numpy(), expected)
 
 
-def test_pictures_that_do_not_fit_into_memory_are_refused_before_they_are_read(
-    tmp_path, monkeypatch
-):
+def test_more_pictures_than_fit_into_memory_are_refused_unread(tmp_path, monkeypatch):
     data_set(tmp_path, *USUAL)
     monkeypatch.setattr(pictures, "free_memory", lambda *_: 1900)
     monkeypatch.setattr(pictures, "open_picture", None)
@@ -157,9 +150,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, closed):
 
 
 @pytest.mark.parametrize("under, share, drawn", [("", 0.2, 2), ("Training", 0.2, 2), ("", 0.01, 1)])
-def test_a_share_of_each_class_is_for_the_test_and_the_rest_is_trained_on(
-    tmp_path, capsys, under, share, drawn
-):
+def test_a_share_of_each_class_is_tested_and_not_trained_on(tmp_path, capsys, under, share, drawn):
     names = [f"{label}/{number}.png" for label in ("cat", "dog") for number in range(10)]
     data_set(tmp_path / under, *names)
     train = load(tmp_path, test_share=share)
@@ -197,43 +188,28 @@ def test_every_ending_that_is_read_is_one_that_pillow_knows():
     assert {f".{ending}" for ending in endings.split()} <= pictures.ENDINGS
 
 
-# The one of RGBA is opaque.
-KINDS = [
-    ("L", "PNG"),
-    ("P", "gif"),
-    ("1", "png"),
-    ("CMYK", "jpg"),
-    ("RGB", "webp"),
-    ("RGBA", "png"),
-]
 WORKFLOW = PngImagePlugin.PngInfo()  # which an image generator writes
 WORKFLOW.add_itxt("workflow", "a" * 3_000_000, zip=True)
 
 
-@pytest.mark.parametrize("mode, suffix", KINDS)
-def test_pictures_of_any_mode_are_read_as_pillow_does(tmp_path, capsys, mode, suffix):
-    expected = picture(tmp_path / f"train/a/1.{suffix}", mode=mode)
+@pytest.mark.parametrize(
+    "suffix, more",
+    [
+        *(("png", {"mode": "L"}), ("png", {"mode": "1"}), ("gif", {"mode": "P"})),
+        *(("jpg", {"mode": "CMYK"}), ("webp", {}), ("png", {"mode": "RGBA"})),  # which is opaque
+        *(("png", {"pnginfo": WORKFLOW}), ("png", {"exif": b"rubbish"})),
+        ("jpg", {"exif": b"Exif\0\0rubbish"}),
+    ],
+)
+def test_pictures_of_any_kind_are_read_as_pillow_does(tmp_path, capsys, suffix, more):
+    """Whatever else they hold."""
+    expected = picture(tmp_path / f"train/a/1.{suffix}", **more)
     assert np.array_equal(load(tmp_path).pixels[0], expected)
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
-    "name, more",
-    [
-        ("a.png", {"pnginfo": WORKFLOW}),
-        ("a.png", {"exif": b"rubbish"}),
-        ("a.jpg", {"exif": b"Exif\0\0rubbish"}),
-    ],
-)
-def test_what_else_a_picture_holds_changes_nothing(tmp_path, name, more):
-    expected = picture(tmp_path / name, **more)
-    assert np.array_equal(read_picture(tmp_path / name)[0], expected)
-
-
 @pytest.mark.parametrize("mode, suffix", [("RGBA", "png"), ("LA", "png"), ("RGBA", "webp")])
-def test_a_transparent_picture_is_put_on_white_and_that_is_said_once(
-    tmp_path, capsys, mode, suffix
-):
+def test_transparent_pictures_are_put_on_white_said_once(tmp_path, capsys, mode, suffix):
     shape = np.zeros((16, 20, 4), np.uint8)
     shape[4:8, 5:9, 3] = 255
     shape[9:, :, 3] = 128
@@ -336,18 +312,3 @@ def test_a_full_memory_is_not_blamed_on_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", full)
     with pytest.raises(MemoryError):
         load(data_set(tmp_path, *USUAL))
-
-
-@pytest.mark.parametrize("small_bytes, by_threads", [(0, True), (20_000, False)])
-def test_small_files_are_read_without_threads(tmp_path, monkeypatch, small_bytes, by_threads):
-    expected = [picture(tmp_path / f"train/a/{number}.png") for number in range(3)]
-    seen, read = set(), pictures.open_picture
-
-    def noted(file):
-        seen.add(threading.current_thread())
-        return read(file)
-
-    monkeypatch.setattr(pictures, "open_picture", noted)
-    monkeypatch.setattr(pictures, "SMALL_BYTES", small_bytes)
-    assert np.array_equal(load(tmp_path).pixels, expected)
-    assert (threading.main_thread() not in seen) == by_threads

@@ -1,6 +1,5 @@
 """The pictures: what is drawn is what stands in the CSV files."""
 
-import csv
 import os
 import re
 import subprocess
@@ -13,17 +12,10 @@ from conftest import ROOT, complaint
 from PIL import Image
 
 import plot
+from plumbing.files import write_rows
 
 RATES = {"fc": "fc=0.001", "fc+layer4": "fc=0.001 layer4=0.0001"}
 RATES["fc+layer3+layer4"] = "fc=0.001 layer3=1e-05 layer4=0.0001"
-
-
-def write(file: Path, rows: list[dict]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w", newline="", encoding="utf-8") as opened:
-        writer = csv.DictWriter(opened, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def accuracy(strategy: str, epoch: int, seed: float, size: int) -> float:
@@ -52,8 +44,8 @@ class Study:
             history.append(row)
             if epoch in lengths:
                 self.summary.append(run | {"epochs": epoch, "test_accuracy": right})
-        write(self.folder / name / "history.csv", history)
-        write(self.folder / "summary.csv", self.summary)
+        write_rows(self.folder / name / "history.csv", history)
+        write_rows(self.folder / "summary.csv", self.summary)
 
     def largest(self) -> list[dict]:
         return [run for run in plot.read(self.folder) if run["train_images"] == 1000]
@@ -133,7 +125,7 @@ def test_every_picture_that_there_is_something_for(study):
     """Whatever a notebook has left in the environment."""
     folder = study.folder
     mistake = {"file": "01.png", "true": "cat", "said": "dog", "probability": 0.99}
-    write(folder / "one/epoch2.mistakes/mistakes.csv", [mistake])
+    write_rows(folder / "one/epoch2.mistakes/mistakes.csv", [mistake])
     Image.new("RGB", (32, 32), "red").save(folder / "one/epoch2.mistakes/01.png")
     (folder / "one/epoch2.confusion.csv").write_text("true class,cat,dog\ncat,3,1\ndog,0,4\n")
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}

@@ -26,15 +26,13 @@ def block(readme: str, words: str) -> str:
     return found
 
 
-def test_a_trained_network_in_one_s_own_script_says_what_evaluate_says(
-    finished, tmp_path, capsys, monkeypatch
-):
-    """Of a photograph that a telephone has turned."""
+def test_one_s_own_script_says_what_evaluate_says(finished, tmp_path, capsys, monkeypatch):
+    """Of a photograph that a telephone has turned, which goes down to the training pictures' size
+    first."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    pixels = np.random.default_rng(3).integers(0, 256, (6, 9, 3), np.uint8)
-    photograph = Image.fromarray(pixels).resize((300, 200), Image.Resampling.BICUBIC)
-    photograph.save(tmp_path / "cat.jpg", exif=exif)
+    pixels = np.random.default_rng(3).integers(0, 256, (200, 300, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "cat.jpg", exif=exif)
     monkeypatch.chdir(tmp_path)
     names = {"FILE": finished / "epoch2.pt", "torch": torch, "data": data, "freeze": freeze}
     with torch.no_grad():
@@ -65,17 +63,13 @@ def test_what_is_quoted_linked_or_said_to_be_edited_is_there(readme):
     assert not [name for name in linked if not (ROOT / name).exists()]
 
 
-# ---------------------------------------------------------------- example.py
-
-
 def test_the_example_learns_what_train_py_learns(run, monkeypatch):
     """On the same pictures, order and flips, from the same random weights: to rounding, which Adam
     makes grow."""
     few = data.stratified_subset(datasets.synthetic("train"), 60, seed=0)
     test = datasets.synthetic("test")
-    expected = history(
-        run("--unfreeze", "layer4", "--image-size", "32"), "train_loss", "test_accuracy"
-    )
+    folder = run("--unfreeze", "layer4", "--image-size", "32")
+    expected = history(folder, "train_loss", "test_accuracy")
 
     def pairs(images: data.Images) -> list:
         pictures = map(Image.fromarray, images.pixels.numpy())

@@ -79,30 +79,22 @@ def nothing_installed(scripts, tmp_path):
     return scripts
 
 
-def test_run_all_makes_the_four_runs_in_two_and_compares_them(scripts):
-    done, log = scripts("run_all.sh", "--data-dir", "/my data", "--batch-size", "256")
-    flags = "--epochs 10 50 --seed 0 --out results --resume --data-dir '/my data' --batch-size 256"
+def test_run_all_makes_the_four_runs_in_two_and_compares_what_is_in_its_folder(scripts, tmp_path):
+    for name in ("one/epoch10.pt", "two/epoch10.pt", "two/latest.pt"):
+        (tmp_path / "my results" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "my results" / name).touch()
+    done, log = scripts("run_all.sh", "--out=my results", "--data-dir", "/my data")
+    flags = "--epochs 10 50 --seed 0 --out 'my results' --resume --data-dir '/my data'"
+    files = "'my results/one/epoch10.pt' 'my results/two/epoch10.pt'"
     assert done.returncode == 0, done.stderr
     assert log == [
         f"train.py --unfreeze layer4 {flags}",
         f"train.py --unfreeze layer3 layer4 {flags}",
-        "compare.py results/*/epoch*.pt --csv results/summary.csv",
-        "plot.py results",
+        f"compare.py {files} --csv 'my results/summary.csv'",
+        "plot.py 'my results'",
     ]
     last = done.stdout.splitlines()[-1]
-    assert last.startswith("table: results/summary.csv, learning curves: results/*/history.csv and")
-
-
-def test_run_all_compares_what_is_in_its_folder(scripts, tmp_path):
-    for run in ("one", "two"):
-        (tmp_path / "my results" / run).mkdir(parents=True)
-        (tmp_path / "my results" / run / "epoch10.pt").touch()
-        (tmp_path / "my results" / run / "latest.pt").touch()
-    _, (*runs, compared, drawn) = scripts("run_all.sh", "--out=my results")
-    files = "'my results/one/epoch10.pt' 'my results/two/epoch10.pt'"
-    assert compared == f"compare.py {files} --csv 'my results/summary.csv'"
-    assert drawn == "plot.py 'my results'"
-    assert all("--out 'my results' --resume" in line for line in runs)
+    assert last.startswith("table: my results/summary.csv, learning curves: my results/*/history")
 
 
 def test_run_all_with_seeds_and_the_baseline_stops_at_a_run_that_fails(scripts):
@@ -137,9 +129,7 @@ def test_the_demo_pretrains_on_other_pictures_and_goes_on_from_that(scripts, tmp
 
 @pytest.mark.parametrize("gpus", [{}, {"GPUS": "0 1"}])
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_who_stops_run_all_stops_the_runs_and_hears_them_out(
-    scripts, tmp_path, number, status, gpus
-):
+def test_who_stops_run_all_stops_the_runs(scripts, tmp_path, number, status, gpus):
     count, log = 1 + len(gpus), tmp_path / "log"
     log.touch()
     process = subprocess.Popen(
@@ -190,9 +180,7 @@ def test_runs_on_several_gpus_are_each_made_once_and_the_others_finish(scripts, 
         (60_000, {"GPUS": "0"}, None, False),
     ],
 )
-def test_one_gpu_that_has_room_for_two_runs_makes_two_at_a_time(
-    scripts, tmp_path, free, variables, gpu, two
-):
+def test_one_gpu_with_room_makes_two_runs_at_a_time(scripts, tmp_path, free, variables, gpu, two):
     """Each with its share of the memory."""
     ask = f"#!/bin/sh\necho $2 >> {tmp_path}/smi\necho {free}\n"
     write_program(tmp_path / "bin/nvidia-smi", ask)
@@ -211,29 +199,20 @@ def test_run_all_explains_itself(scripts):
     assert done.returncode == 0 and "bash run_all.sh --demo" in done.stdout and not log
 
 
-def test_the_tests_get_the_arguments(scripts):
-    done, log = scripts("tests/run.sh", "-k", "frozen and not cuda")
-    assert done.returncode == 0, done.stderr
-    assert log == ["-m pytest -k 'frozen and not cuda'"]
-
-
 @pytest.mark.parametrize("script", ["run_all.sh", "tests/run.sh"])
 @pytest.mark.parametrize("folder", ["bin", "Scripts"])  # Scripts: on Windows
 def test_what_is_missing_is_installed_once(nothing_installed, script, folder):
-    done, log = nothing_installed(script, VENV_BIN=folder)
+    """And the arguments arrive."""
+    done, log = nothing_installed(script, "-k", "frozen and not cuda", VENV_BIN=folder)
     assert done.returncode == 0, done.stderr
     assert log[:2] == ["-m venv --clear .venv", "-m pip install --quiet -r requirements.txt"]
-    assert len(log) > 2
+    assert log[2].endswith(" -k 'frozen and not cuda'")
     again, log = nothing_installed(script)
     assert again.returncode == 0 and not any("venv" in line for line in log)
 
 
-@pytest.mark.parametrize(
-    "fails, told", [("-m venv", "python3-venv"), ("-m pip", "a network and 6 GB")]
-)
-def test_a_set_up_that_fails_says_what_to_do_and_leaves_nothing(
-    nothing_installed, tmp_path, fails, told
-):
+@pytest.mark.parametrize("fails, told", [("-m venv", "python3-venv"), ("-m pip", "a network and")])
+def test_a_set_up_that_fails_says_why_and_leaves_nothing(nothing_installed, tmp_path, fails, told):
     done, _ = nothing_installed("run_all.sh", FAIL=fails)
     assert done.returncode == 1 and not (tmp_path / ".venv").exists()
     (error,) = done.stderr.split("\nerror: ")[1:]

@@ -26,12 +26,7 @@ def run(strategy: str, correct: torch.Tensor, seed=0, epochs=10, rates="", **oth
     settings = {"strategy": strategy, "learning_rates": rates, "seed": seed, "tag": "", "code": "a"}
     settings |= {"image_size": 224, "model": "resnet18", "test_data": "a"}
     settings |= {"initial_network": str(seed), "train_data": str(seed), "classes": ("a", "b", "c")}
-    row = settings | {
-        "epochs": epochs,
-        "dataset": "cats",
-        "device": "a card",
-        "weights": "imagenet",
-    }
+    row = settings | {"epochs": epochs, "dataset": "cats", "device": "card", "weights": "imagenet"}
     row |= {"train_images": 2000, "test_images": IMAGES, "batch_size": 128}
     row |= {"trainable_parameters": PARAMETERS[strategy], "seconds": PARAMETERS[strategy] / 10}
     row |= {"test_accuracy": correct.double().mean().item(), "run": f"cats-{strategy}-s{seed}"}
@@ -140,12 +135,11 @@ def test_mcnemar_is_the_binomial_test():
     assert mcnemar(1000, 900) == pytest.approx(2 * ways / 2**1900)
 
 
-@pytest.mark.parametrize(
-    "wandering, discordant, epochs", [(0.003, 0.05, 10), (0.003, 0.08, 50), (0.0021, 0.05, 10)]
-)
-def test_two_equally_good_strategies_are_seldom_called_different(wandering, discordant, epochs):
+@pytest.mark.parametrize("case", [(0.003, 0.05, 10), (0.003, 0.08, 50), (0.0021, 0.05, 10)])
+def test_two_equally_good_strategies_are_seldom_called_different(case):
     """Runs of 11,000 test pictures whose accuracy wanders by 0.3 points, from seed to seed as from
     epoch to epoch. By the choice of pictures alone a quarter of them would differ."""
+    wandering, discordant, epochs = case
     random, trials, wrong, wrong_alone = np.random.default_rng(0), 300, 0, 0
     for _ in range(trials):
         means = random.normal(0.92, wandering, 2)
