@@ -20,7 +20,7 @@ from PIL import Image
 from data import Images, UserError, read_picture
 from plumbing import datasets, machine
 from plumbing.cli import Parser, command, paths
-from plumbing.files import whole_file, writable, write_csv, write_rows
+from plumbing.files import whole_file, writable, write_rows
 from plumbing.flags import folder
 from plumbing.pictures import find_pictures
 from plumbing.report import metrics, predict, prepared, print_row
@@ -108,7 +108,7 @@ def complain(error: UserError | str) -> None:
 def name_pictures(path: str, trained: Trained, files: list[Path]) -> list[dict]:
     """Print the five likeliest classes of each picture, which is resized as the training pictures
     were: to their size, then to the network's. Gives a row of the CSV for each that can be read."""
-    rows, classes = [], trained.classes
+    rows, classes = [], trained.checkpoint["settings"]["classes"]
     print(path)
     for start in range(0, len(files), 128):
         named, pictures = [], []
@@ -138,33 +138,29 @@ def report_classes(path: Path, logits: torch.Tensor, images: Images) -> None:
     count = len(images.classes)
     probabilities, said = logits.softmax(1).max(1)
     confusion = torch.bincount(images.labels * count + said, minlength=count**2).view(count, count)
+    table = []
     for name, row, correct in zip(images.classes, confusion, confusion.diag()):
+        table.append({"true class": name} | dict(zip(images.classes, row.tolist())))
         if row.sum() == 0:
             print(f"{'':36}{name}: no test pictures")
         else:
             print(f"{correct / row.sum():32.2%}    {name}, {correct:,} of {row.sum():,}")
-    table = [[name, *row.tolist()] for name, row in zip(images.classes, confusion)]
-    write_csv(path.with_suffix(".confusion.csv"), ["true class", *images.classes], table)
-    write_mistakes(path.with_suffix(".mistakes"), said, probabilities, images)
-    print(f"{'':34}beside it: {path.stem}.confusion.csv, {path.stem}.mistakes/")
-
-
-def write_mistakes(
-    folder: Path, said: torch.Tensor, probabilities: torch.Tensor, images: Images
-) -> None:
-    """The wrong answers given with most confidence, as PNG files and a list of them."""
+    write_rows(path.with_suffix(".confusion.csv"), table)
+    # The mistakes, as PNG files and a list of them.
     wrong = (said != images.labels).nonzero().flatten()
     worst = wrong[probabilities[wrong].argsort(descending=True)][:MISTAKES]
-    folder.mkdir(exist_ok=True)
-    for file in folder.glob("*.png"):
+    mistakes, rows = path.with_suffix(".mistakes"), []
+    mistakes.mkdir(exist_ok=True)
+    for file in mistakes.glob("*.png"):
         file.unlink()
-    rows = []
     for number, i in enumerate(worst.tolist(), start=1):
-        with whole_file(folder / f"{number:02}.png") as part:
+        with whole_file(mistakes / f"{number:02}.png") as part:
             Image.fromarray(images.pixels[i].numpy()).save(part, "PNG")
-        true, answer = images.classes[images.labels[i]], images.classes[said[i]]
-        rows.append((f"{number:02}.png", true, answer, probabilities[i].item()))
-    write_csv(folder / "mistakes.csv", ["file", "true", "said", "probability"], rows)
+        about = {"file": f"{number:02}.png", "true": images.classes[images.labels[i]]}
+        about |= {"said": images.classes[said[i]], "probability": probabilities[i].item()}
+        rows.append(about)
+    write_rows(mistakes / "mistakes.csv", rows)
+    print(f"{'':34}beside it: {path.stem}.confusion.csv, {path.stem}.mistakes/")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ def keep(
     # every epoch, is not kept.
     left = {name: len(some) for name, some in inputs.items() if some.prefix and not some.augment}
     pieces = {name: [] for name in inputs}
-    for place in usable_places(wanted, device):
+    # A GPU computes 128 features sooner than a disk reads them; a CPU does not.
+    auto = ["device", "host"] if device.type == "cuda" else ["host", "disk"]
+    for place in {"auto": auto, "off": []}.get(wanted, [wanted]):
         need = bytes_left(inputs, left)
         free, spare = free_memory(place, device, folder), spare_bytes(place, inputs, settings)
         room = need if free is None else max(free - spare, 0)
@@ -74,16 +76,6 @@ def image_bytes(features: Features) -> int:
 
 def bytes_left(inputs: dict[str, Features], left: dict[str, int]) -> int:
     return sum(image_bytes(inputs[name]) * count for name, count in left.items())
-
-
-def usable_places(wanted: str, device: torch.device) -> list[str]:
-    """auto: those from which a look-up is faster than computing anew."""
-    if wanted == "off":
-        return []
-    if wanted != "auto":
-        return [wanted]
-    # A GPU computes 128 features sooner than a disk reads them; a CPU does not.
-    return ["device", "host"] if device.type == "cuda" else ["host", "disk"]
 
 
 def spare_bytes(place: str, inputs: dict[str, Features], settings: Settings) -> int:
@@ -188,7 +180,8 @@ class SplitFeatures:
         self.pieces = pieces
         firsts = itertools.accumulate([0, *map(len, pieces[:-1])])
         # What is on the host goes first, while the GPU is still busy with the step before.
-        self.by_place = sorted(zip(firsts, pieces), key=lambda pair: needs_gpu(pair[1]))
+        needs_gpu = [part.store is None or part.store.is_cuda for part in pieces]
+        self.by_place = sorted(zip(needs_gpu, firsts, pieces))  # no two firsts are the same
 
     def __len__(self) -> int:
         return sum(map(len, self.pieces))
@@ -201,13 +194,9 @@ class SplitFeatures:
         for some in rows.split(size):
             found = torch.empty((len(some), *one.shape[1:]), dtype=one.dtype, device=one.device)
             found = found.permute(0, 3, 1, 2)
-            for first, part in self.by_place:
+            for _, first, part in self.by_place:
                 places = ((some >= first) & (some < first + len(part))).nonzero().flatten()
                 if len(places):
                     own = some[places]
                     found[places.to(one.device)] = part(own - first, mirrored[own])
             yield found
-
-
-def needs_gpu(part: Features) -> bool:
-    return part.store is None or part.store.is_cuda

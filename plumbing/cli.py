@@ -53,11 +53,6 @@ def whole_number(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]
     return parse
 
 
-def output(text: str) -> Path:
-    """An argparse type: a file or folder to write to."""
-    return Path(text).expanduser()
-
-
 def paths(texts: list[str]) -> list[str]:
     """Replaces patterns such as results/*/epoch10.pt by the files that match, as Windows' shells do
     not. What matches nothing stays, to be named in an error."""

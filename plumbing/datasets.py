@@ -56,15 +56,10 @@ def load_splits(args: Namespace, batchnorm_learns: bool) -> Splits:
     test = load(args.dataset, "test", *where, *alike)
     check(args, train, test, batchnorm_learns)
     splits |= {"train": train, "test": test}
+    hashes = {name: fingerprint(*images[:2]) for name, images in splits.items()}
     own = {name: some._replace(pixels=local_rows(some.pixels)) for name, some in splits.items()}
-    return Splits(
-        train=own["train"]._replace(labels=local_rows(train.labels)),
-        val=own.get("val"),
-        test=own["test"],
-        train_images=len(train.labels),
-        picture_size=size,
-        hashes={name: fingerprint(*images[:2]) for name, images in splits.items()},
-    )
+    own["train"] = own["train"]._replace(labels=local_rows(train.labels))
+    return Splits(**own, train_images=len(train.labels), picture_size=size, hashes=hashes)
 
 
 def check(args: Namespace, train: Images, test: Images, batchnorm_learns: bool) -> None:
@@ -78,8 +73,7 @@ def check(args: Namespace, train: Images, test: Images, batchnorm_learns: bool) 
     if untested := [name for i, name in enumerate(train.classes) if i not in tested]:
         print(f"warning: no test pictures of {', '.join(untested[:10])}", flush=True)
     if len(train.classes) < 2:
-        two = "telling classes apart takes two"
-        raise UserError(f"{args.data_dir} holds one class, {train.classes[0]}: {two}")
+        raise UserError(f"{args.data_dir} holds one class, {train.classes[0]}: it takes two")
     fewest, processes = min(len(train.labels), len(test.labels)), distributed.world_size()
     if fewest < processes:
         raise UserError(f"{fewest} images are too few for {processes} processes")
@@ -96,7 +90,7 @@ def load(name: str, split: str, data_dir: Path, image_size: int, *of_folder: obj
     if name == "synthetic":
         return synthetic(split)
     if name == "synthetic-other":
-        return synthetic_other(split)
+        return drawn(1, split, "bricks crescent frame grid half hexagon rays rings spiral star")
     if name == "folder":
         return pictures.folder(data_dir, split, image_size, *of_folder)
     try:
@@ -148,19 +142,13 @@ def fetch(name: str, data_dir: Path) -> None:
                 return
             except (OSError, ValueError, HTTPException, RuntimeError) as error:
                 failures.append(f"{source.url}: {error}")
-    by_hand = f"Put that file (md5 {md5}) into {data_dir.resolve()} by hand"
-    instead = f"{by_hand}, or use --dataset synthetic, which needs no files"
+    instead = f"Put that file (md5 {md5}) into {data_dir.resolve()}, or use --dataset synthetic"
     raise UserError(f"could not download {archive.name} ({'; '.join(failures)}). {instead}")
 
 
 def synthetic(split: str) -> Images:
     """Drawn textures and shapes: uint8 [2000 train or 500 test, 32, 32, 3], the same every time."""
     return drawn(0, split, "bars checks cross diagonals disc dots ring square triangle waves")
-
-
-def synthetic_other(split: str) -> Images:
-    """As many of ten other classes."""
-    return drawn(1, split, "bricks crescent frame grid half hexagon rays rings spiral star")
 
 
 def drawn(seed: int, split: str, names: str) -> Images:

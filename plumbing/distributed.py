@@ -24,11 +24,11 @@ class Splits(NamedTuple):
     """A data set. Each process has the pixels of its own images, and all labels of test and val."""
 
     train: Images
-    val: Images | None  # to choose epoch and strategy on; without it, test is what there is
     test: Images
     train_images: int  # of all processes
     picture_size: tuple[int, int]  # (height, width) of all pictures in memory
     hashes: dict[str, str]  # train, val and test: sha256 of all pixels and labels
+    val: Images | None = None  # to choose epoch and strategy on; without it, test is what there is
 
     def watched(self) -> dict[str, Images]:
         """What is scored after every epoch, by name."""
@@ -81,11 +81,9 @@ def local_rows(values: torch.Tensor) -> torch.Tensor:
 
 def local_epoch(
     order: torch.Tensor, flips: torch.Tensor, batch_size: int
-) -> tuple[torch.Tensor, torch.Tensor, int | list[int]]:
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """This rank's part of an epoch's order, int64 [images], and flips, bool [images], with its
     images counted from 0; and the sizes of its batches."""
-    if world_size() == 1:
-        return order, flips, batch_size
     own = order[order % world_size() == rank()] // world_size()
     # Every rank has as many batches. A rank with one image more has it in its last batch.
     last = smallest_batch(len(order), batch_size) + len(own) - len(order) // world_size()

@@ -6,7 +6,7 @@ import io
 import os
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -32,12 +32,6 @@ def whole_file(file: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes were writing here; for the holder of the folder's lock."""
-    for part in folder.glob(".*.part"):
-        part.unlink(missing_ok=True)
-
-
 def write_file(file: str | Path, content: bytes | memoryview) -> None:
     """A whole file. Raises UserError, on a full disk for one."""
     try:
@@ -48,19 +42,14 @@ def write_file(file: str | Path, content: bytes | memoryview) -> None:
         raise UserError(f"cannot write {file} ({error.strerror}): {kept}") from error
 
 
-def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable]) -> None:
-    """A whole CSV file. Raises UserError."""
+def write_rows(path: str | Path, rows: list[dict]) -> None:
+    """A whole CSV file of rows by column; what only some rows have is blank in the others. Raises
+    UserError."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(header)
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
     writer.writerows(rows)
     write_file(path, text.getvalue().encode("utf-8", "backslashreplace"))
-
-
-def write_rows(path: str | Path, rows: list[dict]) -> None:
-    """A CSV file of rows by column; what only some rows have is blank in the others."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    write_csv(path, columns, [[row.get(name, "") for name in columns] for row in rows])
 
 
 def write_tensors(path: str | Path, content: dict) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import freeze
 from data import UserError
 from plumbing.cache import PLACES
-from plumbing.cli import Parser, output, whole_number
+from plumbing.cli import Parser, whole_number
 from plumbing.datasets import DATASETS
 from plumbing.machine import PRECISIONS, device_flag
 
@@ -62,7 +62,7 @@ def parse(description: str, recipe: dict, argv: list[str] | None) -> argparse.Na
              "a file that is gone when the run ends")
     add("--resume", action="store_true",
         help="go on after the last epoch that was kept; leave a finished run as it is")
-    add("--out", type=output, default="results", metavar="DIR",
+    add("--out", type=lambda text: Path(text).expanduser(), default="results", metavar="DIR",
         help="the runs' folder (default: results)")
     # fmt: on
     parser.set_defaults(**{name: value for name, value in recipe.items() if name != "rates"})

@@ -151,8 +151,9 @@ class CudaGraphStep:
         self.graph = graph
 
     def give_up(self, why: str) -> None:
+        if self.recordable:
+            self.say(f"graph    left out, every step is launched anew: {why}")
         self.recordable, self.graph = False, None
-        self.say(f"graph    left out, every step is launched anew: {why}")
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -126,8 +126,7 @@ def draw_share(
     if lacking := set(classes) - {classes[i] for i in labels[rest]}:
         which = ", ".join(sorted(lacking)[:NAMED])
         raise UserError(f"{flag} {share:g} leaves no pictures to train on of {which}")
-    said = f"{size:,} of {len(labels):,} pictures are drawn and not trained on"
-    say_once(f"{flag} {share:g}: {said}")
+    say_once(f"{flag} {share:g}: {size:,} of {len(labels):,} pictures are drawn and not trained on")
     return drawn, rest
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from data import UserError
 from plumbing import distributed, report
 from plumbing.distributed import Splits
-from plumbing.files import locked, remove_leftovers, writable, write_rows, write_tensors
+from plumbing.files import locked, writable, write_rows, write_tensors
 from plumbing.machine import device_name
 from plumbing.settings import Settings, changed_names, in_words
 from plumbing.weights import load_optimizer, read_checkpoint
@@ -53,7 +53,8 @@ class Run:
         with ExitStack() as stack:
             if distributed.rank() == 0:
                 stack.enter_context(locked(self.args.out, self.settings.name))
-                remove_leftovers(self.folder)
+                for part in self.folder.glob(".*.part"):  # what killed processes were writing
+                    part.unlink(missing_ok=True)
                 writable(self.folder / "history.csv")
                 self.look()
             self.missing, self.checkpoint = distributed.broadcast((self.missing, self.checkpoint))
@@ -160,9 +161,8 @@ class Run:
         moved = {id(parameter) for group in groups for parameter in group["params"]}
         for name, parameter in (*self.parts["model"].named_parameters(), *tail.named_parameters()):
             if parameter.requires_grad and id(parameter) not in moved:
-                put_right = "name its stage in --unfreeze, or add it to the optimizer's groups"
-                wrong = f"{name} has requires_grad and is not in the optimizer"
-                raise UserError(f"{wrong}: {put_right}")
+                instead = "name its stage in --unfreeze, or add it to the optimizer's groups"
+                raise UserError(f"{name} has requires_grad and is not in the optimizer: {instead}")
         self.row = distributed.all_reduce_mean(numbers, images)
         self.train_seconds = time.monotonic() - self.epoch_started
 

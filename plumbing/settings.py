@@ -125,9 +125,11 @@ def settings_of(
 def name_of_weights(weights: str) -> str:
     """In a run's name: imagenet, none, the file's name, or of a checkpoint the run's and it."""
     path = Path(weights)
-    if path.is_absolute() and (path.parent / "history.csv").exists():  # imagenet is no path
+    if not path.is_absolute():
+        return weights  # imagenet or none
+    if (path.parent / "history.csv").exists():
         return f"{path.parent.name}-{path.stem}"
-    return path.stem
+    return path.name if path.stem in ("imagenet", "none") else path.stem
 
 
 def rates_in_words(rates: dict[str, float]) -> str:
@@ -220,8 +222,7 @@ def names_of(node: ast.stmt) -> list[str]:
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return [node.name]
     if isinstance(node, ast.Assign):
-        inside = ast.walk(ast.Tuple(node.targets))
-        return [name.id for name in inside if isinstance(name, ast.Name)]
+        return [name.id for name in ast.walk(ast.Tuple(node.targets)) if isinstance(name, ast.Name)]
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         return ["the imports"]
     return ["other lines"]

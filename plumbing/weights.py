@@ -70,7 +70,6 @@ class Trained(NamedTuple):
 
     model: nn.Module
     checkpoint: dict
-    classes: tuple[str, ...]
     image_size: int
     device: torch.device
     precision: str
@@ -87,8 +86,7 @@ def load_model(checkpoint: dict, device: str = "", precision: str = "") -> Train
     model = freeze.build(settings["model"], len(settings["classes"]))
     model.load_state_dict(checkpoint["model"])
     use_fast_convolutions(model)
-    known = settings["classes"], settings["image_size"]
-    return Trained(model.to(where), checkpoint, *known, where, how)
+    return Trained(model.to(where), checkpoint, settings["image_size"], where, how)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -117,10 +115,10 @@ def load(weights: str, model: str, classes: tuple[str, ...] = ()) -> tuple[State
     elif file.is_file():
         content = load_tensors(file, "file of weights: save model.state_dict() with torch.save")
     else:
-        takes = "--weights takes imagenet, none or the path of a file"
-        raise UserError(f"no weights file {file}: {takes}")
-    if isinstance(content, dict) and isinstance(content.get("settings"), dict):  # train.py's
-        keep_head = tuple(content["settings"]["classes"]) == classes
+        raise UserError(f"no weights file {file}: --weights takes imagenet, none or a path")
+    settings = content.get("settings") if isinstance(content, dict) else None
+    if isinstance(settings, dict) and "classes" in settings:  # train.py's
+        keep_head = tuple(settings["classes"]) == classes
         kept = "kept: the classes are the same" if keep_head else "new: the classes are others"
         print(f"weights  {file.name} of {file.parent.name}; its last layer is {kept}", flush=True)
     network = freeze.untrained(model)

@@ -17,7 +17,7 @@ import freeze
 from data import UserError
 from plumbing import datasets, machine, weights
 from plumbing.cli import Parser, command, paths
-from plumbing.files import fingerprint, write_csv
+from plumbing.files import fingerprint, write_rows
 from plumbing.flags import folder
 from plumbing.report import prepared
 from plumbing.weights import Trained, load_model, read_checkpoint
@@ -67,9 +67,9 @@ def report(path: Path, checkpoint: dict, args: Namespace) -> None:
     for stage in settings["strategy"].split("+")[1:]:
         cka = linear_cka(now[stage], before[stage])
         moved = drift(freeze.stages(trained.model)[stage], freeze.stages(pretrained)[stage])
-        rows.append((stage, cka, moved))
+        rows.append({"stage": stage, "cka": cka, "drift": moved})
         print(f"{stage:<8} CKA {cka:.4f}, weights moved by {moved:.2%} of their norm")
-    write_csv(path.with_suffix(".representations.csv"), ["stage", "cka", "drift"], rows)
+    write_rows(path.with_suffix(".representations.csv"), rows)
 
 
 def main(argv: list[str] | None = None) -> None:

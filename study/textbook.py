@@ -21,8 +21,7 @@ class Pictures(datasets.ImageFolder):
     def __init__(self, root: Path, image_size: int):
         resize = transforms.Resize((image_size, image_size))
         normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        steps = [resize, transforms.ToTensor(), normalize]
-        super().__init__(str(root), transforms.Compose(steps))
+        super().__init__(str(root), transforms.Compose([resize, transforms.ToTensor(), normalize]))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image, label = super().__getitem__(index % len(self))

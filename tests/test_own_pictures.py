@@ -15,7 +15,7 @@ import evaluate
 import plot
 import train
 from plumbing import datasets, flags
-from plumbing.files import write_csv
+from plumbing.files import write_rows
 
 LITTLE = ("--weights", "none", "--image-size", "32", "--epochs", "1", "--precision", "fp32")
 LITTLE += ("--device", "cpu", "--dataset", "folder", "--data-dir")
@@ -163,8 +163,8 @@ def test_of_many_classes_the_most_confused_are_drawn(tmp_path):
     counts = np.eye(200, dtype=int) * 10
     for number in range(0, 40, 2):  # every other of the first forty
         counts[number, (number + 2) % 40] += 5
-    table = [[name, *row] for name, row in zip(names, counts.tolist())]
-    write_csv(tmp_path / "epoch1.confusion.csv", ["true class", *names], table)
+    table = [{"true class": name} | dict(zip(names, row)) for name, row in zip(names, counts)]
+    write_rows(tmp_path / "epoch1.confusion.csv", table)
     figure = plot.confusion(tmp_path / "epoch1.confusion.csv")
     (axis,) = figure.axes
     assert [label.get_text() for label in axis.get_yticklabels()] == names[0:40:2]

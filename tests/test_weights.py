@@ -96,11 +96,14 @@ def test_a_checkpoint_of_train_py_is_weights_too_named_by_its_run(tmp_path):
     (file.parent / "history.csv").touch()
     torch.save({"model": STATE, "settings": {"classes": ("cat", "dog")}}, file)
     assert name_of_weights(str(file)) == "a-run-epoch1"
+    assert name_of_weights(str(tmp_path / "imagenet.pth")) == "imagenet.pth"
     args = argparse.Namespace(weights=str(file), model="resnet18", seed=0)
     model = weights.pretrained(args, ("cat", "dog"))
     assert torch.equal(model.fc.weight, STATE["fc.weight"])
     loaded, keep_head = weights.load(str(file), "resnet18", ("cat", "horse"))
     assert not keep_head and is_backbone(loaded)
+    torch.save({"state_dict": STATE, "settings": {"lr": 0.1}}, file)  # of another program
+    assert is_backbone(weights.load(str(file), "resnet18")[0])
 
 
 NO_NUMBERS = "holds values that are no finite numbers"
