@@ -44,8 +44,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def tensors(pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels, uint8 [N, H, W, 3], in the size of the first picture, and labels, int64 [N]."""
-    size = pairs[0][0].size
+    """Pixels, uint8 [N, H, W, 3], in the size of the first picture or SIZE, whichever is smaller,
+    and labels, int64 [N]."""
+    width, height = pairs[0][0].size
+    size = min(width, SIZE), min(height, SIZE)
     pixels = [np.array(image.convert("RGB").resize(size)) for image, _ in pairs]
     return torch.from_numpy(np.stack(pixels)), torch.tensor([label for _, label in pairs])
 

@@ -114,7 +114,6 @@ log() (
 if [ ! "${GPUS+set}" ] && [ ! "$demo" ] && [[ " ${extra[*]-} " != *" --device"* ]]; then
     gpu=${CUDA_VISIBLE_DEVICES-0} gpu=${gpu%%,*} # none, if it is set to nothing
     ask="--query-gpu=memory.free --format=csv,noheader,nounits"
-    export CUDA_DEVICE_ORDER=PCI_BUS_ID # as nvidia-smi counts them
     # shellcheck disable=SC2086
     free=$(nvidia-smi -i "$gpu" $ask 2>/dev/null) || free=0
     if [[ $free =~ ^[0-9]+$ ]] && [ "$free" -ge 50000 ]; then # MB
@@ -123,6 +122,7 @@ if [ ! "${GPUS+set}" ] && [ ! "$demo" ] && [[ " ${extra[*]-} " != *" --device"* 
     fi
 fi
 if [ "${GPUS:-}" ]; then
+    export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID} # as nvidia-smi counts them
     mkdir -p "$out"
     claims=$(mktemp -d)
     trap 'rm -r "$claims"' EXIT

@@ -75,4 +75,5 @@ python3-venv. On Colab: !pip install -U torch torchvision."
     [ -x "$python" ] || python="$here/.venv/Scripts/python"
     "$python" -m pip install --quiet -r "$here/requirements.txt" ||
         undo "pip could not install requirements.txt (see above), which takes a network and 6 GB."
+    echo "For the README's python commands: . '${python%/*}/activate'" >&2
 fi

@@ -45,11 +45,12 @@ RECIPE = {
     "batch_size": 128,  # the one line that the publication does not state
     "epochs": [10],
 }
-# Or functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=True); or, with higher rates in
-# the table, as {"fc": 0.03, "layer4": 0.01}, functools.partial(torch.optim.SGD, momentum=0.9).
+# Or functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=True). Or, with higher "rates"
+# in RECIPE, such as {"fc": 0.03, "layer4": 0.01, "layer3": 0.003},
+# functools.partial(torch.optim.SGD, momentum=0.9).
 OPTIMIZER = functools.partial(torch.optim.Adam, fused=True)
 # Constant, as published. Or a function of (optimizer, epochs), to change after each epoch, or of
-# (optimizer, steps), to change after each step:
+# (optimizer, steps), to change after each step; the second one's name decides:
 # lambda optimizer, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 SCHEDULE = None
 LOSS = F.cross_entropy  # or functools.partial(F.cross_entropy, label_smoothing=0.1)

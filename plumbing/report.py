@@ -49,9 +49,9 @@ def prepared(pixels: torch.Tensor, image_size: int, device: torch.device) -> Ite
 
 
 def test_batch(images: int, settings: Settings, device: torch.device) -> int:
-    """How many images are tested at a time: on a GPU eight training batches, or some 1,000 of
-    224x224 (an H200 tests 11,000 in 16 ms, in batches of 128 in 83). In each batch as many, as
-    cuDNN searches for every size."""
+    """How many images are tested at a time: on a GPU at most eight training batches, and at most
+    1,024 of 224x224 (an H200 tests 11,000 in 16 ms, in batches of 128 in 83). In each batch as
+    many, as cuDNN searches for every size."""
     if device.type != "cuda":
         return 128
     most = min(8 * settings.batch_size, int(1024 * min(1, (224 / settings.image_size) ** 2)))

@@ -28,8 +28,8 @@ from plumbing.weights import load_optimizer, read_checkpoint
 # Before the next checkpoint that was not asked for: seconds, and times its own writing.
 CHECKPOINT_SECONDS, CHECKPOINT_INTERVAL = 60, 20
 # How settings that are hashes are called.
-OTHERS = {f"{split}_data": f"other {split} pictures" for split in ("train", "val", "test")}
-OTHERS |= {"initial_network": "other initial weights"}
+OTHERS = {"train_data": "other train pictures", "test_data": "other test pictures"}
+OTHERS |= {"val_data": "other val pictures, or none", "initial_network": "other initial weights"}
 
 
 class Run:

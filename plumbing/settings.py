@@ -160,7 +160,8 @@ class Schedule:
     ):
         self.optimizer, self.scheduler, self.by_step = optimizer, None, False
         if make:
-            self.by_step = any("step" in name for name in inspect.signature(make).parameters)
+            _, length, *_ = inspect.signature(make).parameters  # the second one's name decides
+            self.by_step = "step" in length
             self.scheduler = make(optimizer, steps if self.by_step else epochs)
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise UserError("SCHEDULE: ReduceLROnPlateau needs a metric, and is given none here")

@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, history, rows
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
 
 import data
 import train
 from plumbing import flags
-from plumbing.settings import Settings, settings_of
+from plumbing.settings import Schedule, Settings, settings_of
 
 
 def parse(*words: str):
@@ -98,6 +100,8 @@ def test_with_a_schedule_the_length_does():
     one, other = (settings("--epochs", n, schedule=print) for n in ("10", "50"))
     assert one.name == "cifar10-fc-bf16-s0-e10" and other.name == "cifar10-fc-bf16-s0-e50"
     assert one != other
+    rise = Schedule(lambda some, epochs, steps=1: StepLR(some, steps), SGD([torch.ones(1)]), 5, 9)
+    assert not rise.by_step  # the second name decides
 
 
 def test_the_defaults_are_the_experiment():

@@ -3,8 +3,8 @@
     python -m study.advice.table results/advice/*/epoch10.pt --csv advice.csv
 
 The error counts the choice of test pictures, and how far both runs wander over their last epochs
-(plumbing/verdict.py). Seconds are those of an epoch's training, the fastest one's of a run, beside
-those of the published recipe.
+(plumbing/verdict.py). The seconds are the training time of a run's fastest epoch, beside that of
+the published recipe.
 """
 
 from data import UserError
