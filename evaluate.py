@@ -159,7 +159,7 @@ def report_classes(path: Path, logits: torch.Tensor, images: Images) -> None:
         about = {"file": f"{number:02}.png", "true": images.classes[images.labels[i]]}
         about |= {"said": images.classes[said[i]], "probability": probabilities[i].item()}
         rows.append(about)
-    write_rows(mistakes / "mistakes.csv", rows)
+    write_rows(mistakes / "mistakes.csv", rows, ("file", "true", "said", "probability"))
     print(f"{'':34}beside it: {path.stem}.confusion.csv, {path.stem}.mistakes/")
 
 

@@ -6,7 +6,7 @@ import io
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -42,11 +42,12 @@ def write_file(file: str | Path, content: bytes | memoryview) -> None:
         raise UserError(f"cannot write {file} ({error.strerror}): {kept}") from error
 
 
-def write_rows(path: str | Path, rows: list[dict]) -> None:
-    """A whole CSV file of rows by column; what only some rows have is blank in the others. Raises
-    UserError."""
+def write_rows(path: str | Path, rows: list[dict], columns: Iterable[str] = ()) -> None:
+    """A whole CSV file of rows by column; what only some rows have is blank in the others. columns:
+    those that come first, and are there without rows too. Raises UserError."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    found = (name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(dict.fromkeys([*columns, *found])))
     writer.writeheader()
     writer.writerows(rows)
     write_file(path, text.getvalue().encode("utf-8", "backslashreplace"))

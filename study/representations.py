@@ -69,7 +69,7 @@ def report(path: Path, checkpoint: dict, args: Namespace) -> None:
         moved = drift(freeze.stages(trained.model)[stage], freeze.stages(pretrained)[stage])
         rows.append({"stage": stage, "cka": cka, "drift": moved})
         print(f"{stage:<8} CKA {cka:.4f}, weights moved by {moved:.2%} of their norm")
-    write_rows(path.with_suffix(".representations.csv"), rows)
+    write_rows(path.with_suffix(".representations.csv"), rows, ("stage", "cka", "drift"))
 
 
 def main(argv: list[str] | None = None) -> None:

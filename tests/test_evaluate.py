@@ -130,10 +130,10 @@ def test_class_names_of_every_kind_survive_a_csv_and_a_list_of_mistakes_may_be_e
     evaluate.report_classes(tmp_path / "epoch1.pt", torch.eye(7), images)
     table = rows(tmp_path / "epoch1.confusion.csv")
     assert [row.pop("true class") for row in table] == list(table[0]) == list(names)
-    mistakes = tmp_path / "epoch1.mistakes"
-    assert not rows(mistakes / "mistakes.csv") and not [*mistakes.glob("*.png")]
+    (mistakes,) = (tmp_path / "epoch1.mistakes").iterdir()  # the list alone, and no picture
+    assert mistakes.read_text() == "file,true,said,probability\n" and not rows(mistakes)
     evaluate.report_classes(tmp_path / "epoch1.pt", torch.eye(7).roll(1, 0), images)
-    said = [(row["true"], row["said"]) for row in rows(mistakes / "mistakes.csv")]
+    said = [(row["true"], row["said"]) for row in rows(mistakes)]
     assert sorted(said) == sorted(zip(names, (names[-1], *names)))
 
 

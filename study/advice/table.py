@@ -41,10 +41,11 @@ def main(argv: list[str] | None = None) -> None:
     published = {(strategy, seed): saved for (strategy, seed, tag), saved in runs if not tag}
     rows = []
     for (strategy, seed, tag), saved in runs:
-        if tag and (strategy, seed) not in published:
+        if not tag:
+            continue
+        if (strategy, seed) not in published:
             raise UserError(f"{strategy} {tag}, seed {seed}: its run without a tag is missing")
-        if tag:
-            rows.append(compared(saved, published[strategy, seed]))
+        rows.append(compared(saved, published[strategy, seed]))
     print("| learns | change | seed | points over the published recipe | an epoch |")
     print("|---|---|---|---|---|")
     for row in rows:
